@@ -1,0 +1,65 @@
+"""genkit: generative systems on one set of transformer blocks, one trainer, one pipeline interface and one evaluator.
+
+Names are imported when first used, so that `import genkit` stays light:
+
+    >>> from genkit import GenPipeline
+    >>> pipe = GenPipeline.from_pretrained("genkit/enat-lowpoly")  # doctest: +SKIP
+    >>> images = pipe("a wooden table", num_images_per_prompt=4, generator=[1, 2, 3, 4]).images  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin, SchedulerMixin
+
+    from genkit.catalogue import list_models
+    from genkit.generators.enat import ENATState, ENATTransformer2DModel
+    from genkit.pipelines.base import GenPipeline
+    from genkit.pipelines.enat import ENATPipeline
+    from genkit.schedulers.masked_token import MaskedTokenScheduler
+    from genkit.tokenizers.vit_vqgan import ViTVQModel
+
+__version__ = "0.1.0"
+
+# Where each public name is defined. Model folders name components as ["genkit", "ClassName"], so a class that can be saved has to be here.
+# ModelMixin and SchedulerMixin are diffusers' own: its loader looks for them in the library that a component names.
+EXPORTS = {
+    "ENATPipeline": "genkit.pipelines.enat",
+    "ENATState": "genkit.generators.enat",
+    "ENATTransformer2DModel": "genkit.generators.enat",
+    "GenPipeline": "genkit.pipelines.base",
+    "MaskedTokenScheduler": "genkit.schedulers.masked_token",
+    "ModelMixin": "diffusers",
+    "SchedulerMixin": "diffusers",
+    "ViTVQModel": "genkit.tokenizers.vit_vqgan",
+    "list_models": "genkit.catalogue",
+}
+
+__all__ = [
+    "ENATPipeline",
+    "ENATState",
+    "ENATTransformer2DModel",
+    "GenPipeline",
+    "MaskedTokenScheduler",
+    "ModelMixin",
+    "SchedulerMixin",
+    "ViTVQModel",
+    "__version__",
+    "list_models",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'genkit' has no attribute {name!r}; public names: {', '.join(__all__)}.")
+    value = getattr(importlib.import_module(EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | EXPORTS.keys())
