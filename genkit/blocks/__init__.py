@@ -1,0 +1,1 @@
+"""Shared efficient transformer blocks: attention, feed-forward, norms, embeddings, modulation, caches and the stack string."""

@@ -1,0 +1,101 @@
+"""Softmax attention on projected heads: the one place that calls PyTorch's fused kernel.
+
+Letters: b batch, nq queries, nk keys, hd head width, vd value width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute softmax(q k^T * scale + bias) v over the allowed keys.
+
+    Sums and softmax run in float32 inside the fused kernel whatever the input's dtype. A query without any allowed key gives 0.
+
+    Args:
+        q: [b, heads, nq, hd].
+        k: [b, kv_heads, nk, hd]; kv_heads divides heads, each serves heads / kv_heads neighbouring query heads.
+        v: [b, kv_heads, nk, vd]; vd may differ from hd.
+        bias: [b|1, heads|1, nq, nk], added to the scaled logits.
+        mask: bool, True = attend. [b, nk] combines with `causal`; [b, heads|1, nq, nk] is complete and replaces it.
+        causal: query i sees the keys up to nk - nq + i, so that the last query is aligned with the last key.
+        scale: factor of the logits; hd ** -0.5 if None.
+
+    Returns:
+        [b, heads, nq, vd].
+
+    Raises:
+        ValueError: if the mask has the wrong shape. TypeError: if it is not bool.
+    """
+    nq, nk = q.shape[-2], k.shape[-2]
+    if mask is not None:
+        _check_mask(mask, q, nk)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grouped = k.shape[1] != q.shape[1]
+    if nk == 0:
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        return (q @ k.transpose(-2, -1)) @ v  # an empty sum that still belongs to the graph
+    value_width = v.shape[-1]
+    q, k, v = _equal_widths(q, k, v)
+    plain_causal = causal and mask is None and bias is None and nq == nk
+    allowed = None if plain_causal else _allowed(mask, causal, nq, nk, q.device)
+    empty = None
+    if allowed is not None:
+        empty = ~allowed.any(dim=-1, keepdim=True)
+        allowed = allowed | empty
+    logits_bias = allowed
+    if bias is not None:
+        logits_bias = bias.to(q.dtype)
+        if allowed is not None:
+            logits_bias = logits_bias.masked_fill(~allowed, float("-inf"))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits_bias, is_causal=plain_causal, scale=scale, enable_gqa=grouped)
+    if out.shape[-1] != value_width:
+        out = out[..., :value_width]
+    return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _equal_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad the narrower of (q, k) and v with zeros: exact, and keeps the fused kernels, which want equal widths."""
+    missing = v.shape[-1] - q.shape[-1]
+    if missing > 0:
+        return F.pad(q, (0, missing)), F.pad(k, (0, missing)), v
+    return q, k, F.pad(v, (0, -missing)) if missing < 0 else v
+
+
+def _allowed(mask: Tensor | None, causal: bool, nq: int, nk: int, device: torch.device) -> Tensor | None:
+    """Return the allowed pairs as bool, broadcastable to [b, heads, nq, nk], or None if all are allowed."""
+    if mask is not None and mask.ndim == 4:
+        return mask
+    allowed = None if mask is None else mask[:, None, None, :]
+    if causal and (nq > 1 or nk < 1):
+        triangle = torch.ones(nq, nk, dtype=torch.bool, device=device).tril(nk - nq)[None, None]
+        allowed = triangle if allowed is None else allowed & triangle
+    return allowed
+
+
+def _check_mask(mask: Tensor, q: Tensor, nk: int) -> None:
+    """Check a mask's kind and shape against the queries [b, heads, nq, hd] and the number of keys."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"attention mask must be bool (True = attend), got {mask.dtype}; convert it with `mask.bool()`.")
+    if torch.compiler.is_compiling():
+        return
+    b, heads, nq, _ = q.shape
+    wanted = {2: ((1, b), (nk,)), 4: ((1, b), (1, heads), (1, nq), (nk,))}.get(mask.ndim, ())
+    if not wanted or any(size not in sizes for size, sizes in zip(mask.shape, wanted, strict=True)):
+        raise ValueError(
+            f"attention mask must be [{b}, {nk}] or [{b}, 1 or {heads}, {nq}, {nk}] "
+            f"(keys = context, then cached, then own tokens), got {list(mask.shape)}."
+        )

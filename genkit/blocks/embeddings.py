@@ -1,0 +1,61 @@
+"""Positions: fixed sine-cosine tables and rotary embeddings of one, two or three axes.
+
+Letters: b batch, n tokens, d width, h w rows and columns, hd head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sincos_2d(height: int, width: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the fixed table [h*w, d] of a grid, column first: [sin(c o), cos(c o), sin(r o), cos(r o)].
+
+    r and c are the token's row and column, o_i = 10000^(-i / q), i = 0 .. q-1, q = d / 4. Computed in float64.
+
+    Args:
+        height: rows.
+        width: columns.
+        dim: d, a multiple of 4.
+        dtype: of the result.
+
+    Raises:
+        ValueError: if dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"sincos_2d: dim must be a multiple of 4 (sine and cosine of two axes), got {dim}.")
+    quarter = dim // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    rows = torch.arange(height, dtype=torch.float64, device="cpu")[:, None, None] * omega
+    columns = torch.arange(width, dtype=torch.float64, device="cpu")[None, :, None] * omega
+    parts = [columns.sin(), columns.cos(), rows.sin(), rows.cos()]
+    return torch.cat([part.expand(height, width, quarter) for part in parts], dim=-1).reshape(height * width, dim).to(dtype)
+
+
+def rotary(pos: Tensor, width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the rotation angles, for `rotate`.
+
+    The head is cut in one slice per axis; in a slice of width s, channel pair i turns by pos * base^(-2 i / s).
+
+    Args:
+        pos: coordinates [b|1, n, axes] float32.
+        width: hd, a multiple of 2 * axes.
+        base: wavelength base.
+
+    Returns:
+        cos and sin, each [b|1, 1, n, hd / 2] float32.
+    """
+    axes = pos.shape[-1]
+    pairs = width // (2 * axes)
+    frequencies = base ** (-torch.arange(pairs, device=pos.device, dtype=torch.float32) / pairs)
+    angles = (pos[..., None] * frequencies).flatten(-2)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: int) -> Tensor:
+    """Rotate heads x [b, heads, n, hd] by the angles of `rotary`; in each axis slice, channel i pairs with i + half the slice."""
+    first, second = x.float().unflatten(-1, (axes, 2, -1)).unbind(-2)
+    cos, sin = cos.unflatten(-1, (axes, -1)), sin.unflatten(-1, (axes, -1))
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-2)
+    return turned.flatten(-3).to(x.dtype)
