@@ -1,0 +1,100 @@
+"""The interface of a vector quantizer, and what all quantizers with a codebook share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genkit.checks import choose
+from genkit.tokenizers.quantizers.gradient import ESTIMATORS
+from genkit.tokenizers.quantizers.kmeans import kmeans
+from genkit.tokenizers.quantizers.output import QuantizerOutput
+
+
+class VectorQuantizerBase(nn.Module):
+    """Latents [..., d] to the nearest of k codes and back.
+
+    Loss: beta * mean (sg q - z)^2 + mean (q - sg z)^2, means over all elements.
+
+    A subclass says which codes there are: `search` finds the nearest, `lookup` returns codes with their gradient.
+
+    Args:
+        codebook_size: number of codes k.
+        dim: width d of latents and codes.
+        beta: weight of one of the two loss terms.
+        beta_on: the term that beta weighs: "commitment" (latent towards code, as published) or "codebook" (some official classes' default).
+        gradient: "straight_through" or "rotation".
+
+    Raises:
+        ValueError: if a size is not positive or an option is unknown.
+    """
+
+    def __init__(
+        self, codebook_size: int, dim: int, *, beta: float = 0.25, beta_on: str = "commitment", gradient: str = "straight_through"
+    ) -> None:
+        super().__init__()
+        if codebook_size < 1 or dim < 1:
+            raise ValueError(f"quantizer: codebook_size and dim must be at least 1, got {codebook_size} and {dim}.")
+        self.codebook_size, self.dim, self.beta = codebook_size, dim, beta
+        self.beta_on = choose(beta_on, ("commitment", "codebook"), "beta_on")
+        self.gradient = choose(gradient, ESTIMATORS, "gradient estimator")
+
+    def search(self, latents: Tensor) -> Tensor:
+        """Return the indices [n] of the codes nearest to latents [n, d] (fp32, as `prepare` gives them)."""
+        raise NotImplementedError
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Return the codes [..., d] (fp32) of indices [...], with gradient to the parameters that make them.
+
+        Raises:
+            IndexError: if an index is outside the codebook (raised by the embedding on CPU).
+        """
+        raise NotImplementedError
+
+    def codebook(self) -> Tensor:
+        """Return all effective codes [k, d]."""
+        return self.lookup(torch.arange(self.codebook_size, device=next(self.parameters()).device))
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, generator: torch.Generator) -> None:
+        """Start the codes at the k-means centres of latents [n, d], n well above the number of codes.
+
+        A codebook that starts from noise while the encoder is still blank loses most of its codes in the first hundred steps: all
+        latents are nearest to a few. Train without quantization for a while, then call this.
+
+        Args:
+            latents: [n, d] of the data.
+            generator: CPU generator; the result depends on it and the latents only.
+
+        Raises:
+            ValueError: if there are fewer different latents than codes.
+        """
+        self.set_codes(kmeans(self.prepare(latents.float()), self.codebook_size, generator))
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Make the effective codes equal to codes [k, d]."""
+        raise NotImplementedError
+
+    def prepare(self, latents: Tensor) -> Tensor:
+        """Return the latents as they are compared with codes; fp32."""
+        return latents
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize latents [..., d]; search and loss run in fp32, `quantized` has the latents' dtype.
+
+        Raises:
+            ValueError: if the last axis is not `dim`.
+        """
+        if latents.shape[-1] != self.dim:
+            raise ValueError(f"quantizer: latents must be [..., d={self.dim}], got {list(latents.shape)}.")
+        with torch.autocast(latents.device.type, enabled=False):
+            raw = latents.float()
+            z = self.prepare(raw)
+            indices = self.search(z.detach().reshape(-1, self.dim)).view(latents.shape[:-1])
+            codes = self.lookup(indices)
+            commitment, codebook = F.mse_loss(z, codes.detach()), F.mse_loss(codes, z.detach())
+            on_commitment = self.beta_on == "commitment"
+            loss = self.beta * commitment + codebook if on_commitment else commitment + self.beta * codebook
+            quantized = ESTIMATORS[self.gradient](raw, codes).to(latents.dtype)
+        return QuantizerOutput(quantized=quantized, indices=indices, loss=loss, terms={"commitment": commitment, "codebook": codebook})

@@ -1,0 +1,8 @@
+"""Train a tokenizer: `accelerate launch tokenizers/train.py --config tokenizers/recipes/simvq_lowpoly.yaml`."""
+
+from pathlib import Path
+
+from genkit.training.launch import main
+
+if __name__ == "__main__":
+    raise SystemExit(main(recipe_dir=Path(__file__).parent / "recipes"))
