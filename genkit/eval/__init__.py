@@ -1,0 +1,1 @@
+"""Feature networks and the numbers computed with them."""
