@@ -132,7 +132,9 @@ def _halvings(patch: tuple[int, int]) -> int:
     """Return log2 of a square patch's side."""
     stages = int(math.log2(patch[0]))
     if patch[0] != patch[1] or 2**stages != patch[0] or stages < 1:
-        raise ValueError(f"ViTVQModel: stem='conv' needs a square patch whose side is a power of two from 2, got {patch}; use stem='patch'.")
+        raise ValueError(
+            f"ViTVQModel: stem='conv' needs a square patch whose side is a power of two from 2, got {patch}; use stem='patch'."
+        )
     return stages
 
 
@@ -313,7 +315,9 @@ class ViTVQModel(ModelMixin, ConfigMixin):
             side = math.isqrt(indices.shape[-1])
             grid = (side, side)
         if indices.ndim not in (2, 3) or math.prod(indices.shape[1:]) != grid[0] * grid[1]:
-            raise ValueError(f"ViTVQModel.decode: indices must be [b, h, w] or [b, n] of a grid {grid}, got {list(indices.shape)}; give grid=(h, w).")
+            raise ValueError(
+                f"ViTVQModel.decode: indices must be [b, h, w] or [b, n] of a grid {grid}, got {list(indices.shape)}; give grid=(h, w)."
+            )
         if not torch.compiler.is_compiling() and indices.device.type == "cpu" and indices.numel():
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= self.quantizer.codebook_size:

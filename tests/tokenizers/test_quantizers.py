@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.testing import assert_close
 
 from genkit.tokenizers.quantizers import QUANTIZERS, SimVQ, VectorQuantizer, build_quantizer
 from genkit.tokenizers.quantizers.gradient import rotation_trick, straight_through
+from genkit.tokenizers.quantizers.kmeans import kmeans
 from genkit.tokenizers.quantizers.search import nearest_codes
 from genkit.tokenizers.quantizers.stats import CodebookStats
 
@@ -183,3 +187,44 @@ def test_merged_statistics_equal_those_of_all_data() -> None:
         left.update(torch.tensor([30]))
     with pytest.raises(ValueError, match="cannot merge"):
         left.merge(CodebookStats(31))
+
+
+def test_kmeans_finds_separate_clusters() -> None:
+    generator = torch.Generator().manual_seed(5)
+    middles = 10 * torch.eye(4)
+    points = (middles.repeat_interleave(30, 0) + 0.1 * torch.randn(120, 4, generator=generator))[torch.randperm(120, generator=generator)]
+    centres = kmeans(points, 4, generator)
+    assert_close(centres[torch.cdist(middles, centres).argmin(1)], middles, rtol=0, atol=0.1)
+    with pytest.raises(ValueError, match="3 different ones of 9"):
+        kmeans(torch.eye(3).repeat(3, 1), 4, generator)
+
+
+def test_fitted_codes_use_the_whole_codebook(quantizer: torch.nn.Module) -> None:
+    latents = torch.randn(500, 6, generator=torch.Generator().manual_seed(6)) * 0.05 + 3
+    before = CodebookStats(37)
+    before.update(quantizer(latents).indices)
+    quantizer.fit(latents, torch.Generator().manual_seed(7))
+    after = CodebookStats(37)
+    after.update(quantizer(latents).indices)
+    assert after.compute()["utilisation"] == 1.0 > before.compute()["utilisation"]
+    state = quantizer.state_dict()
+    quantizer.fit(latents, torch.Generator().manual_seed(7))
+    assert_close(quantizer.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_search_in_a_large_codebook_needs_little_memory() -> None:
+    """262,144 codes x 128 for 4,096 tokens: the matrix alone would be 4.3 GB. A process of its own, whose peak is its own."""
+    script = textwrap.dedent("""
+        import resource, torch
+        from genkit.tokenizers.quantizers import SimVQ
+        torch.set_num_threads(1)
+        quantizer = SimVQ(262_144, 128).train()
+        latents = torch.randn(4096, 128)
+        quantizer(latents[:8])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        quantizer(latents).loss.backward()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    """)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 300

@@ -17,7 +17,15 @@ TOWER: dict[str, Any] = {"dim": 16, "depth": 2, "heads": 2, "mlp_dim": 24, "dim_
 def tiny(quantizer: str = "simvq", **options: Any) -> ViTVQModel:
     torch.manual_seed(0)
     decoder = {**TOWER, "dim": 32, "heads": 1, "dim_head": 32}
-    return ViTVQModel(**{"patch_size": 4, "encoder_config": TOWER, "decoder_config": decoder, "quantizer_config": {"name": quantizer, "codebook_size": 50, "dim": 6}} | options)
+    return ViTVQModel(
+        **{
+            "patch_size": 4,
+            "encoder_config": TOWER,
+            "decoder_config": decoder,
+            "quantizer_config": {"name": quantizer, "codebook_size": 50, "dim": 6},
+        }
+        | options
+    )
 
 
 @pytest.fixture(params=["patch", "conv"])
@@ -37,6 +45,14 @@ def test_decoding_the_codes_gives_the_reconstruction(model: ViTVQModel) -> None:
     out = model(x)
     assert_close(model.decode(out.indices).sample, out.sample, rtol=1e-5, atol=1e-5)
     assert_close(model.decode(out.indices.flatten(1), grid=(2, 3)).sample, model.decode(out.indices).sample, rtol=0, atol=0)
+
+
+def test_without_quantization_the_decoder_sees_the_latents(model: ViTVQModel) -> None:
+    x = torch.rand(2, 3, 8, 12) * 2 - 1
+    out = model(x, quantize=False)
+    assert_close(out.latents, model(x).latents, rtol=0, atol=0)
+    assert_close(out.sample, model.decode_latents(out.latents, (2, 3)), rtol=0, atol=0)
+    assert out.indices is None and (out.sample - model(x).sample).abs().max() > 1e-3
 
 
 def test_results_do_not_depend_on_the_batch(model: ViTVQModel) -> None:

@@ -41,7 +41,9 @@ def kmeans(points: Tensor, count: int, generator: torch.Generator, iterations: i
         if i + 1 == count:
             break
         if not distance.any():
-            raise ValueError(f"kmeans: {count} centres need as many different points, got {i + 1} different ones of {len(points)}; give more data.")
+            raise ValueError(
+                f"kmeans: {count} centres need as many different points, got {i + 1} different ones of {len(points)}; give more data."
+            )
         chosen = int(torch.multinomial(distance, 1, generator=generator))
     for _ in range(iterations):
         nearest = nearest_codes(points, centres)

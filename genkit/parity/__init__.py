@@ -1,0 +1,1 @@
+"""Runners of the golden cases, one file per system, behind `genkit verify`."""

@@ -1,0 +1,129 @@
+"""Runners of the ViT-VQGAN golden cases."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genkit.blocks.embeddings import sincos_2d
+from genkit.convert import vit_vqgan
+from genkit.parity.base import Case
+from genkit.tokenizers.vit_vqgan import ViTVQModel
+
+
+def stage1(case: Case) -> dict[str, Tensor]:
+    """Kind vit_vqgan/stage1: the whole tokenizer with intermediates, losses and gradients.
+
+    Cases store inputs and weights or give them by formula (official sizes); the same outputs are computed for both.
+    """
+    config = case.config
+    size = config["image_size"]
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    dim_head = [config[side].get("dim_head", 64) for side in ("encoder", "decoder")]
+    quantizer = config["quantizer"]
+    patch = _pair(config["patch_size"])
+    tables = {
+        f"{side}.{side[:2]}_pos_embedding": sincos_2d(size[0] // patch[0], size[1] // patch[1], config[side]["dim"])[None]
+        for side in ("encoder", "decoder")
+    }  # never a formula of their own
+    state = tables | case.weights(
+        shapes={k: s for k, s in _official_shapes(config, size, dim_head).items() if k not in tables}, rule=_formula
+    )
+    model, _ = vit_vqgan.from_official(
+        state, dim_head=dim_head, beta=quantizer.get("beta", 0.25), use_norm=quantizer.get("use_norm", True), image_size=size
+    )
+    model = model.to(case.device) if case.dtype == torch.float32 else model.to(case.device, case.dtype)
+    x = case.inputs["x"] if "x" in case.inputs else case.place(_formula_picture(size))
+    return _results(model.requires_grad_(True), x)
+
+
+def _results(model: ViTVQModel, x: Tensor) -> dict[str, Tensor]:
+    """Run the tokenizer on pictures x [b, 3, H, W] in [0, 1]; return every tensor the kind knows."""
+    results: dict[str, Tensor] = {}
+    hooks = [module.register_forward_hook(_keep(results, name)) for name, module in _watched(model).items()]
+    out = model(x * 2 - 1)
+    for hook in hooks:
+        hook.remove()
+    results["enc.patch_embed"] = results["enc.patch_embed"].flatten(2).transpose(1, 2)
+    recon = (out.sample + 1) / 2
+    with torch.no_grad():
+        results["recon_from_codes"] = (model.decode(out.indices).sample + 1) / 2
+    loss = F.mse_loss(recon, x) + out.loss
+    model.zero_grad()
+    loss.backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    official = vit_vqgan.TABLE.to_official(gradients)
+    results |= {f"grad.{key}": value for key, value in official.items()}
+    results |= {"recon": recon, "qloss": out.loss, "loss": loss, "quant_st": out.quantized}
+    return results | {"codes": out.indices.flatten(1), "code_gap": _code_gap(model, out.latents.detach())}
+
+
+def _watched(model: ViTVQModel) -> dict[str, nn.Module]:
+    """Return the modules whose outputs the cases store, by stored name."""
+    watched: dict[str, nn.Module] = {"enc.patch_embed": model.encoder.stem, "pre_quant": model.pre_quant, "post_quant": model.post_quant}
+    for side, tower in (("enc", model.encoder), ("dec", model.decoder)):
+        watched[f"{side}.final_norm"] = tower.norm
+        for i, block in enumerate(tower.blocks):
+            watched[f"{side}.block{i}.attn_branch"] = block.branches[0].f
+            watched[f"{side}.block{i}.mlp_branch"] = block.branches[1].f
+    return watched
+
+
+def _keep(results: dict[str, Tensor], name: str):
+    """Return a hook that stores a module's output under a name."""
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> None:
+        results[name] = output.detach()
+
+    return hook
+
+
+def _code_gap(model: ViTVQModel, latents: Tensor) -> Tensor:
+    """Return second-best minus best squared distance [b, n] of latents [b, n, c]."""
+    z, codes = model.quantizer.prepare(latents.float()), model.quantizer.codebook().detach()
+    nearest = torch.cdist(z, codes[None], compute_mode="donot_use_mm_for_euclid_dist").square().topk(2, dim=-1, largest=False).values
+    return nearest[..., 1] - nearest[..., 0]
+
+
+def _pair(value: int | list[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _official_shapes(config: dict, size: tuple[int, int], dim_head: list[int]) -> dict[str, tuple[int, ...]]:
+    """Return official keys and shapes of a config, for cases whose weights are a formula."""
+    quantizer = config["quantizer"]
+    towers = [
+        {**{k: config[side][k] for k in ("dim", "depth", "heads", "mlp_dim")}, "dim_head": width, "act": "tanh"}
+        for side, width in zip(("encoder", "decoder"), dim_head, strict=True)
+    ]
+    with torch.device("meta"):
+        model = ViTVQModel(
+            list(_pair(config["patch_size"])), *towers,
+            {"name": "l2_vq", "codebook_size": quantizer["n_embed"], "dim": quantizer["embed_dim"]}, sample_size=list(size),
+        )  # fmt: skip
+    return {key: tuple(value.shape) for key, value in vit_vqgan.to_official(model).items()}
+
+
+def _formula(key: str, r: Tensor) -> Tensor:
+    """Scale a standard normal draw as the official-size cases state."""
+    if "norm" in key and key.endswith("weight"):
+        return 1 + 0.1 * r
+    if key == "quantizer.embedding.weight":
+        return r
+    if "bias" in key:
+        return 0.05 * r
+    return (0.3 if key == "encoder.to_patch_embedding.0.weight" else 0.03) * r
+
+
+def _formula_picture(size: tuple[int, int]) -> Tensor:
+    """Return the picture [1, 3, H, W] in [0, 1] that the official-size cases state."""
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).random(shape, dtype=np.float32)
+
+    low = draw("x_low", (1, 3, size[0] // 8, size[1] // 8)).repeat(8, axis=2).repeat(8, axis=3)
+    return torch.from_numpy(0.7 * low + 0.3 * draw("x", (1, 3, *size)))
