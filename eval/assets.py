@@ -19,6 +19,7 @@ from genkit.data.prompts import PromptBuilder
 from genkit.data.views import ViewDataset
 from genkit.eval.assets import (
     Estimate,
+    batches,
     bootstrap_mean,
     caption_hits,
     half_distance,
@@ -90,14 +91,15 @@ def generator_report(args: argparse.Namespace) -> dict[str, object]:
         seeds = [args.seed + o * count + i for i in range(count)]
         images = pipe(
             builder.plain(o), num_images_per_prompt=count, generator=seeds, output_type="pt",
-            num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+            num_inference_steps=args.steps, guidance_scale=args.guidance_scale, samples_at_once=count,
+            token_temperature=args.token_temperature, mask_temperature=args.mask_temperature,
         ).images  # fmt: skip
-        fake.append(network.features(images * 2 - 1))
+        fake.append(network.features(images))
         asked += [train.captions[o]] * count
         objects += [o] * count
     seconds = time.perf_counter() - start
     generated = torch.cat(fake)
-    real = extract(network, (torch.stack([train[i]["image"] for i in range(s, min(s + 64, len(train)))]) for s in range(0, len(train), 64)))
+    real = extract(network, batches(train))
     hits = caption_hits(generated, asked, real, train)
     return {
         "generated": len(generated),
@@ -117,6 +119,8 @@ def main() -> None:
     parser.add_argument("--images-per-object", type=int, default=4)
     parser.add_argument("--steps", type=int, help="sampling steps; the model's default if left out")
     parser.add_argument("--guidance-scale", type=float, help="the model's default if left out")
+    parser.add_argument("--token-temperature", type=float, help="the model's default if left out")
+    parser.add_argument("--mask-temperature", type=float, help="the model's default if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from genkit.blocks.attend import attend
 
@@ -81,3 +84,23 @@ def test_a_mask_of_the_wrong_kind_or_shape_is_refused() -> None:
     for shape in [(2, 4), (3, 3), (3,), (2, 1, 2, 3), (2, 3, 3, 3), (2, 3, 3)]:
         with pytest.raises(ValueError, match=r"\[2, 3\] or \[2, 1 or 2, 3, 3\]"):
             attend(q, q, q, mask=torch.ones(shape, dtype=torch.bool))
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="the written-out softmax is for CPUs with AVX512-BF16")
+@pytest.mark.parametrize("case", ["plain", "mask", "causal", "bias"])
+def test_written_out_softmax_equals_the_fused_kernel(case: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 9, 16, generator=generator) for _ in range(3))
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "mask": {"mask": torch.rand(3, 9, generator=generator) > 0.4},
+        "causal": {"causal": True},
+        "bias": {"bias": torch.randn(1, 2, 9, 9, generator=generator)},
+    }
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.to(dtype, copy=True).detach().requires_grad_(True) for x in (q, k, v)]
+        out = attend(*leaves, **options[case])
+        out.float().square().sum().backward()
+        results.append([out.float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
+    assert_close(results[1], results[0], rtol=0.05, atol=0.08)
