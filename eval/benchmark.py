@@ -13,6 +13,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from genkit.blocks.attention import Attention
 from genkit.blocks.branch import Block, Branch
+from genkit.blocks.fast_linear import is_worthwhile, with_fast_linear
 from genkit.blocks.modulation import modulate
 from genkit.generators.enat import ENATTransformer2DModel
 from genkit.pipelines.enat import ENATPipeline
@@ -139,23 +142,39 @@ def machine(device: str) -> str:
     return f"{name}, {os.cpu_count()} cores; torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def timed(ways: dict[str, Callable[[], Tensor]], repeats: int, device: str) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Run every way in turn, once to warm up and then `repeats` times, so that a busy moment hits all of them.
+@dataclass
+class Timing:
+    """Runs of one way: seconds by the clock, seconds of CPU time (less disturbed by other programs), and what came out."""
 
-    Returns:
-        Seconds of each run, and the last result, by way.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    results: dict[str, Tensor] = {}
+    clock: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    result: Tensor | None = None
+
+
+def timed(ways: dict[str, Callable[[], Tensor]], repeats: int, device: str) -> dict[str, Timing]:
+    """Run every way in turn, once to warm up and then `repeats` times, so that a busy moment hits all of them."""
+    timings = {name: Timing() for name in ways}
     for round_number in range(repeats + 1):
         for name, run in ways.items():
-            start = time.perf_counter()
-            results[name] = run()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            timings[name].result = run()
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             if round_number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds, results
+                timings[name].clock.append(time.perf_counter() - start)
+                timings[name].cpu.append(time.process_time() - cpu_start)
+    return timings
+
+
+def report(timings: dict[str, Timing], count: int, what: str) -> None:
+    """Print median, spread, `count` of `what` per second, and speed-up of each way over the first."""
+    first = next(iter(timings.values()))
+    for name, timing in timings.items():
+        clock, cpu = statistics.median(timing.clock), statistics.median(timing.cpu)
+        speed = f"{1e3 * clock:9.1f} ms ({1e3 * min(timing.clock):.1f} .. {1e3 * max(timing.clock):.1f}), {count / clock:.2f} {what}/s"
+        ratios = f"{statistics.median(first.clock) / clock:.2f}x by the clock, {statistics.median(first.cpu) / cpu:.2f}x in CPU time"
+        equal = (cast(Tensor, timing.result) == cast(Tensor, first.result)).float().mean().item()
+        print(f"{name:21} {speed}; {ratios}; {100 * equal:.2f} % equal results")
 
 
 def enat(
@@ -208,25 +227,24 @@ def enat(
         states = pipe.iterate(labels, num_inference_steps=steps, guidance_scale=guidance_scale, generator=seeds)
         return list(states)[-1].sample
 
-    def plain() -> Tensor:
+    def plain(dtype: str) -> Tensor:
         with torch.no_grad():
             return plain_sample(model, scheduler, torch.tensor(labels, device=device), guidance_scale, seeds, getattr(torch, dtype))
 
     print(machine(device))
     blocks = f"{num_encoder_layers}+{num_decoder_layers} blocks x {hidden_size}"
     print(f"ENAT {blocks}, {side * side} tokens, {steps} steps, guidance {guidance_scale:g}, batch {batch_size}, {dtype}, {device}")
-    seconds, tokens = timed({"plain order": plain, "genkit": fast}, repeats, device)
+    ways: dict[str, Callable[[], Tensor]] = {"plain order": partial(plain, dtype), "genkit": fast}
+    if dtype != "float32":
+        ways["plain order, float32"] = partial(plain, "float32")
+    elif device == "cpu" and is_worthwhile():
+        ways["plain order, oneDNN"] = torch.no_grad()(with_fast_linear(partial(plain, "float32")))  # what the faster library alone brings
+    timings = timed(ways, repeats, device)
     if compiled:
         ours.compile_repeated_blocks(fullgraph=True, dynamic=True)
-        more, also = timed({"genkit, compiled": fast}, repeats, device)
-        seconds, tokens = seconds | more, tokens | also
-    slowest = statistics.median(seconds["plain order"])
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        speed = f"{1e3 * median:9.1f} ms ({1e3 * min(values):.1f} .. {1e3 * max(values):.1f}), {batch_size / median:.2f} pictures/s"
-        equal = (tokens[name] == tokens["plain order"]).float().mean().item()
-        print(f"{name:17} {speed}, {slowest / median:.2f}x, {100 * equal:.1f} % equal tokens")
-    if dtype == "float32" and not torch.equal(tokens["genkit"], tokens["plain order"]):
+        timings |= timed({"genkit, compiled": fast}, repeats, device)
+    report(timings, batch_size, "pictures")
+    if dtype == "float32" and not torch.equal(cast(Tensor, timings["genkit"].result), cast(Tensor, timings["plain order"].result)):
         raise SystemExit("The two ways gave different tokens in float32: the comparison does not hold.")
 
 
@@ -259,14 +277,7 @@ def search(codes: int = 262_144, tokens: int = 4096, dim: int = 128, device: str
     print(machine(device))
     matrix = f"full matrix {4e-9 * codes * tokens:.1f} GB, {rows} rows at a time"
     print(f"nearest of {codes} codes x {dim} for {tokens} tokens, float32, {device}; {matrix}")
-    seconds, found = timed({"full matrix": full, "genkit": lambda: nearest_codes(latents, book)}, repeats, device)
-    slowest = statistics.median(seconds["full matrix"])
-    for name, values in seconds.items():
-        median = statistics.median(values)
-        equal = (found[name] == found["full matrix"]).float().mean().item()
-        print(
-            f"{name:12} {median:7.2f} s ({min(values):.2f} .. {max(values):.2f}), {slowest / median:.2f}x, {100 * equal:.2f} % equal codes"
-        )
+    report(timed({"full matrix": full, "genkit": lambda: nearest_codes(latents, book)}, repeats, device), tokens, "tokens")
 
 
 if __name__ == "__main__":

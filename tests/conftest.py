@@ -1,4 +1,4 @@
-"""Settings of every test: one thread per process, no network, GPU tests only where there is a GPU."""
+"""Settings of every test: one thread per process, no network, fixed seed, GPU tests only where there is a GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Give every test the same draws whatever ran before it."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

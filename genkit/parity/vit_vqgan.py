@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.blocks.branch import Block, Branch
 from genkit.blocks.embeddings import sincos_2d
 from genkit.convert import vit_vqgan
 from genkit.parity.base import Case
@@ -68,12 +71,12 @@ def _watched(model: ViTVQModel) -> dict[str, nn.Module]:
     for side, tower in (("enc", model.encoder), ("dec", model.decoder)):
         watched[f"{side}.final_norm"] = tower.norm
         for i, block in enumerate(tower.blocks):
-            watched[f"{side}.block{i}.attn_branch"] = block.branches[0].f
-            watched[f"{side}.block{i}.mlp_branch"] = block.branches[1].f
+            for name, branch in zip(("attn", "mlp"), cast(Block, block).branches, strict=True):
+                watched[f"{side}.block{i}.{name}_branch"] = cast(Branch, branch).f
     return watched
 
 
-def _keep(results: dict[str, Tensor], name: str):
+def _keep(results: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, Tensor], None]:
     """Return a hook that stores a module's output under a name."""
 
     def hook(module: nn.Module, args: object, output: Tensor) -> None:

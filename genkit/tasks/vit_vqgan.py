@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -151,7 +152,7 @@ class ViTVQTask(Task):
             loss = loss + out.loss
             terms |= out.terms
         if self.config.perceptual_weight:
-            network = self.frozen["features"]
+            network = cast(FeatureNetwork, self.frozen["features"])
             with torch.no_grad():
                 target = network.maps(x)
             terms["perceptual"] = perceptual_distance(network.maps(sample), target)
@@ -161,12 +162,13 @@ class ViTVQTask(Task):
     @torch.no_grad()
     def _fit_codes(self, ctx: StepContext) -> None:
         """Start the codes at the latents of some pictures, the same in every process, in the model and its average."""
-        model, pictures, generator = self.raw("vqvae"), self.dataset(), ctx.generator("codes")
+        model, average = cast(ViTVQModel, self.raw("vqvae")), cast(ViTVQModel, ctx.ema["vqvae"])
+        pictures, generator = self.dataset(), ctx.generator("codes")
         chosen = torch.randperm(len(pictures), generator=generator)[: self.config.fit_pictures].tolist()  # type: ignore[arg-type]
         with torch.autocast(ctx.device.type, enabled=False):
             latents = [model.encode_latents(pictures[i]["image"][None].to(ctx.device)).flatten(0, 1) for i in chosen]
         model.quantizer.fit(torch.cat(latents), generator)
-        ctx.ema["vqvae"].quantizer.load_state_dict(model.quantizer.state_dict())
+        average.quantizer.load_state_dict(model.quantizer.state_dict())
 
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
         """Return up to 16 pictures above their reconstructions by the EMA model, [2 * m, 3, h, w]."""
@@ -176,7 +178,7 @@ class ViTVQTask(Task):
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the tokenizer as `out/vqvae`."""
-        modules["vqvae"].save_pretrained(out / "vqvae")
+        cast(ViTVQModel, modules["vqvae"]).save_pretrained(out / "vqvae")
 
 
 def build(config: Config) -> ViTVQTask:

@@ -1,1 +1,1 @@
-"""TBD"""
+"""Pictures to tokens and back."""

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from genkit.blocks import stack
 from genkit.blocks.embeddings import sincos_2d
+from genkit.blocks.fast_linear import with_fast_linear
 from genkit.checks import check_shape, choose
 from genkit.tokenizers.quantizers import build_quantizer
 
@@ -264,6 +265,7 @@ class ViTVQModel(ModelMixin, ConfigMixin):
             )
         return height // self.patch[0], width // self.patch[1]
 
+    @with_fast_linear
     def encode_latents(self, x: Tensor) -> Tensor:
         """Turn pictures [b, c, H, W] in [-1, 1] into latents [b, n, c] before quantization.
 
@@ -290,6 +292,7 @@ class ViTVQModel(ModelMixin, ConfigMixin):
         indices = rearrange(out.indices, "b (h w) -> b h w", h=h, w=w)
         return VQEncoderOutput(latents=latents, quantized=out.quantized, indices=indices, loss=out.loss, terms=out.terms)
 
+    @with_fast_linear
     def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
         """Turn quantized latents [b, n, c] of a grid (h, w) into pictures [b, 3, H, W]."""
         tokens = self.post_quant(quantized.to(self.post_quant.weight.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from genkit.tasks import vit_vqgan
 from genkit.tasks.losses import perceptual_distance
+from genkit.tokenizers.quantizers import SimVQ
 from genkit.tokenizers.quantizers.stats import CodebookStats
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.config import TrainConfig
@@ -49,7 +50,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(data: str) -> None:
 
 def test_quantizer_learns_only_after_its_start(data: str) -> None:
     task = vit_vqgan.build(config(data, quantize_after=3, fit_pictures=4))
-    quantizer = task.modules["vqvae"].quantizer
+    quantizer = cast(SimVQ, cast(ViTVQModel, task.modules["vqvae"]).quantizer)
     for step, learns in ((2, False), (3, True)):
         task.modules["vqvae"].zero_grad()
         phase = one_step(task, step)
@@ -59,7 +60,7 @@ def test_quantizer_learns_only_after_its_start(data: str) -> None:
 
 def test_codes_start_at_the_latents_in_model_and_average(data: str) -> None:
     task = vit_vqgan.build(config(data, quantize_after=1, fit_pictures=12))
-    model = task.modules["vqvae"]
+    model = cast(ViTVQModel, task.modules["vqvae"])
     ema = {"vqvae": ViTVQModel.from_config(model.config)}
     images = torch.stack([task.dataset()[i]["image"] for i in range(12)])
     next(task.step({"image": images}, StepContext(step=1, seed=0, device=torch.device("cpu"), ema=ema)))

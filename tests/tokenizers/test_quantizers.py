@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from genkit.tokenizers.quantizers import QUANTIZERS, SimVQ, VectorQuantizer, build_quantizer
+from genkit.tokenizers.quantizers.base import VectorQuantizerBase
 from genkit.tokenizers.quantizers.gradient import rotation_trick, straight_through
 from genkit.tokenizers.quantizers.kmeans import kmeans
 from genkit.tokenizers.quantizers.search import nearest_codes
@@ -24,7 +25,7 @@ def full_search(z: Tensor, codes: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=sorted(QUANTIZERS))
-def quantizer(request: pytest.FixtureRequest) -> torch.nn.Module:
+def quantizer(request: pytest.FixtureRequest) -> VectorQuantizerBase:
     torch.manual_seed(0)
     return build_quantizer({"name": request.param, "codebook_size": 37, "dim": 6})
 
@@ -58,27 +59,27 @@ def test_search_refuses_other_widths_and_empty_blocks() -> None:
         nearest_codes(torch.zeros(3, 4), torch.zeros(2, 4), code_block=0)
 
 
-def test_codes_are_their_own_nearest(quantizer: torch.nn.Module) -> None:
+def test_codes_are_their_own_nearest(quantizer: VectorQuantizerBase) -> None:
     index = torch.arange(37)
     assert torch.equal(quantizer(quantizer.lookup(index)).indices, index)
     assert_close(quantizer.codebook(), quantizer.lookup(index), rtol=0, atol=0)
 
 
-def test_output_shapes_and_dtypes(quantizer: torch.nn.Module) -> None:
+def test_output_shapes_and_dtypes(quantizer: VectorQuantizerBase) -> None:
     z = torch.randn(2, 3, 5, 6, dtype=torch.bfloat16)
     out = quantizer(z)
     assert out.quantized.shape == z.shape and out.quantized.dtype == z.dtype
     assert out.indices.shape == (2, 3, 5) and out.indices.dtype == torch.int64 and out.loss.dtype == torch.float32
 
 
-def test_straight_through_gradient_is_the_identity(quantizer: torch.nn.Module) -> None:
+def test_straight_through_gradient_is_the_identity(quantizer: VectorQuantizerBase) -> None:
     z = torch.randn(4, 6, requires_grad=True)
     grad = torch.randn(4, 6)
     quantizer(z).quantized.backward(grad)
     assert_close(z.grad, grad, rtol=0, atol=0)
 
 
-def test_loss_is_zero_on_codes(quantizer: torch.nn.Module) -> None:
+def test_loss_is_zero_on_codes(quantizer: VectorQuantizerBase) -> None:
     assert quantizer(quantizer.codebook().detach()).loss.item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -143,6 +144,7 @@ def test_rotation_has_the_codes_value_and_a_scaled_orthogonal_gradient() -> None
     assert_close(out.detach(), codes, rtol=1e-9, atol=1e-9)
     grad = torch.randn_like(codes)
     out.backward(grad)
+    assert z.grad is not None
     ratio = codes.norm(dim=-1) / z.detach().norm(dim=-1)
     assert_close(z.grad.norm(dim=-1), ratio * grad.norm(dim=-1), rtol=1e-9, atol=1e-9)
 
@@ -199,7 +201,7 @@ def test_kmeans_finds_separate_clusters() -> None:
         kmeans(torch.eye(3).repeat(3, 1), 4, generator)
 
 
-def test_fitted_codes_use_the_whole_codebook(quantizer: torch.nn.Module) -> None:
+def test_fitted_codes_use_the_whole_codebook(quantizer: VectorQuantizerBase) -> None:
     latents = torch.randn(500, 6, generator=torch.Generator().manual_seed(6)) * 0.05 + 3
     before = CodebookStats(37)
     before.update(quantizer(latents).indices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,11 @@ from genkit.tokenizers.quantizers.base import VectorQuantizerBase
 from genkit.tokenizers.quantizers.simvq import SimVQ
 from genkit.tokenizers.quantizers.vq import VectorQuantizer
 
-QUANTIZERS = {"vq": VectorQuantizer, "l2_vq": partial(VectorQuantizer, normalize=True), "simvq": SimVQ}
+QUANTIZERS: dict[str, Callable[..., VectorQuantizerBase]] = {
+    "vq": VectorQuantizer,
+    "l2_vq": partial(VectorQuantizer, normalize=True),
+    "simvq": SimVQ,
+}
 
 
 def build_quantizer(config: Mapping[str, Any]) -> VectorQuantizerBase:

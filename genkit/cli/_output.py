@@ -1,0 +1,70 @@
+"""What the commands share for talking to a person or a script. Rich is imported inside, where something is shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STATES = {"ok": "green", "note": "yellow", "broken": "bold red"}  # colours of the findings of `genkit doctor`
+
+
+def say_error(text: str) -> None:
+    """Write one line to stderr."""
+    print(f"genkit: error: {text}", file=sys.stderr)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json` to a command."""
+    parser.add_argument("--json", action="store_true", help="print JSON for a script instead of text")
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON; paths and other objects become their text."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def console() -> Console:
+    """Return a console on stdout that does not wrap or colour what goes into a pipe."""
+    from rich.console import Console
+
+    wide = None if sys.stdout.isatty() else 1000
+    return Console(highlight=False, soft_wrap=True, width=wide)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """Print rows of text under column names, without a frame."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(columns), header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=STATES.get(cell, "")) for cell in row))
+    console().print(table)
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes in the unit a person reads: `8.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1 (an argparse type)."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value

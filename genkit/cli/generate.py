@@ -1,0 +1,175 @@
+"""`genkit generate`: prompts to pictures, as one grid and on request one file each."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import secrets
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genkit.cli._models import check_model
+from genkit.cli._output import add_json, positive, print_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from genkit.pipelines.base import GenPipeline
+
+HELP = "generate pictures from prompts"
+
+DEFAULT_MODEL = "genkit/enat-lowpoly"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("prompt", nargs="+", help="what to show: a text, or a class name or id where the model knows classes; quote it")
+    add("--model", default=DEFAULT_MODEL, help="packaged name, folder, official file or hub id, see `genkit list` (default: %(default)s)")
+    add("--num-images", type=positive, default=4, metavar="N", help="pictures per prompt (default: %(default)s)")
+    add("--out", type=Path, metavar="FILE", help="grid to write, a .png; replaced if there (default: the prompt's words, next free name)")
+    add("--each", action="store_true", help="also write every picture alone, beside the grid, as generated")
+    add("--size", type=positive, metavar="PIXELS", help="width of a picture in the grid, resized without smoothing (default: as generated)")
+    add("--seed", type=seed, metavar="N", help="seed of the first picture; the next take N+1, N+2, ... (default: random, and printed)")
+    add("--steps", type=positive, metavar="N", help="sampling steps (default: the model's)")
+    add("--guidance-scale", type=guidance, metavar="G", help="how closely to follow the prompt, 1 is off (default: the model's)")
+    add("--image", type=Path, metavar="FILE", help="picture to repaint, with --mask")
+    add("--mask", type=Path, metavar="FILE", help="black and white picture: white is painted anew, black is kept")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default: %(default)s)")
+    add_json(parser)
+
+
+def seed(text: str) -> int:
+    """Parse a seed (an argparse type)."""
+    if not text.isdigit() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**62 - 1, got {text!r}")
+    return int(text)
+
+
+def guidance(text: str) -> float:
+    """Parse a guidance scale (an argparse type)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 1):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1 (1 is off), got {text!r}")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, write, and say where and how long it took."""
+    check(args)
+    began = time.perf_counter()
+    pipe = load(args)
+    loaded = time.perf_counter()
+    count = len(args.prompt) * args.num_images
+    first = secrets.randbelow(2**31) if args.seed is None else args.seed
+    seeds = list(range(first, first + count))
+    images = pipe(args.prompt, generator=seeds, **call_options(args)).images
+    done = time.perf_counter()
+    paths = write(args, images, seeds)
+    report(args, paths, seeds, str(pipe.device), {"load": loaded - began, "generate": done - loaded})
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be known to be wrong before anything large is imported.
+
+    Raises:
+        ValueError: empty prompt, half of a repaint request, a grid that is no PNG, or an unknown model.
+        FileNotFoundError: a picture or an output folder that is not there.
+    """
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise ValueError("prompt is empty; say what to show, for example: genkit generate 'a treasure chest'.")
+    if (args.image is None) != (args.mask is None):
+        raise ValueError("--image and --mask belong together: the picture, and where to paint anew (white); give both.")
+    for path in (args.image, args.mask):
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"there is no picture at {str(path)!r}.")
+    if args.out is not None:
+        if args.out.suffix.lower() != ".png":
+            raise ValueError(f"--out must end in .png, got {str(args.out)!r}.")
+        folder = args.out.absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--out: there is no folder {str(folder)!r}; make it first.")
+    check_model(args.model)
+
+
+def load(args: argparse.Namespace) -> GenPipeline:
+    """Load the pipeline and put it on the device."""
+    import torch
+
+    from genkit.cli._models import pick_device
+    from genkit.pipelines.base import GenPipeline
+
+    device = pick_device(args.device)
+    pipe = GenPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(desc="generating", leave=False, disable=args.json)
+    return pipe.to(device)
+
+
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call; what was not given stays the model's."""
+    from PIL import Image, UnidentifiedImageError
+
+    options: dict[str, Any] = {"num_images_per_prompt": args.num_images}
+    if args.steps is not None:
+        options["num_inference_steps"] = args.steps
+    if args.guidance_scale is not None:
+        options["guidance_scale"] = args.guidance_scale
+    for name, path in (("image", args.image), ("mask_image", args.mask)):
+        if path is None:
+            continue
+        try:
+            options[name] = Image.open(path).convert("RGB" if name == "image" else "L")
+        except UnidentifiedImageError:
+            raise ValueError(f"{str(path)!r} is not a picture that Pillow can read; convert it to PNG first.") from None
+    return options
+
+
+def write(args: argparse.Namespace, images: list[Image], seeds: list[int]) -> list[Path]:
+    """Write the grid, one row per prompt (a single prompt fills a square), and the single pictures if asked.
+
+    Returns:
+        Path of the grid, then those of the single pictures.
+    """
+    from genkit.cli._pictures import file_name, free_path, grid, save_png
+
+    path = args.out or free_path(Path(), file_name(args.prompt[0]))
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num_images)]
+    columns = args.num_images if len(args.prompt) > 1 else math.ceil(math.sqrt(len(images)))
+    notes = {"Software": "genkit", "model": args.model}
+    sheet = grid(images, columns, args.size)
+    save_png(sheet, path, notes | {"prompt": " | ".join(args.prompt), "seeds": f"{seeds[0]} to {seeds[-1]}"})
+    paths = [path]
+    if args.each:
+        for index, (image, prompt, own) in enumerate(zip(images, prompts, seeds, strict=True), start=1):
+            single = path.with_name(f"{path.stem}_{index:02d}.png")
+            save_png(image, single, notes | {"prompt": prompt, "seed": str(own)})
+            paths.append(single)
+    return paths
+
+
+def report(args: argparse.Namespace, paths: list[Path], seeds: list[int], device: str, seconds: dict[str, float]) -> None:
+    """Say what was written, from which seeds, and how long it took."""
+    if args.json:
+        print_json(
+            {
+                "grid": str(paths[0]),
+                "images": [str(path) for path in paths[1:]],
+                "model": args.model,
+                "prompts": args.prompt,
+                "num_images": args.num_images,
+                "seeds": seeds,
+                "device": device,
+                "seconds": {key: round(value, 3) for key, value in seconds.items()},
+            }
+        )
+        return
+    pictures = "1 picture, seed" if len(seeds) == 1 else f"{len(seeds)} pictures, seeds"
+    each = f" and {len(paths) - 1} single files" if args.each else ""
+    print(f"wrote {paths[0]}{each}: {pictures} {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else ""))
+    print(f"{seconds['generate']:.1f} s to generate, {seconds['load']:.1f} s to load {args.model} on {device}")

@@ -1,0 +1,53 @@
+"""Text as generators take it: what a CLIP-like text encoder of transformers makes of it, ours or a standard one.
+
+Letters: b texts, m text tokens, d width of a text token, p width of the pooled text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Text as a generator takes it.
+
+    Args:
+        tokens: [b, m, d] last hidden states.
+        mask: [b, m] bool, True = real token.
+        pooled: [b, p] projected text feature.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+
+def encode_text(texts: Sequence[str], tokenizer: Any, text_encoder: Any) -> EncodedText:
+    """Run a CLIP-like text encoder.
+
+    Every text is padded to the tokenizer's `model_max_length`, so that a result does not depend on the other texts.
+
+    Args:
+        texts: b texts.
+        tokenizer: of the encoder.
+        text_encoder: module with `last_hidden_state` and `text_embeds`, as `CLIPTextModelWithProjection`.
+    """
+    length = tokenizer.model_max_length
+    for text in texts:
+        if (count := len(tokenizer(text).input_ids)) > length:
+            logger.warning("prompt of %d tokens cut to %d, the most the text encoder takes: %r", count, length, text)
+    batch = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt"
+    )
+    device = next(text_encoder.parameters()).device
+    mask = batch.attention_mask.to(device)
+    output = text_encoder(input_ids=batch.input_ids.to(device), attention_mask=mask)
+    return EncodedText(output.last_hidden_state, mask.bool(), output.text_embeds)

@@ -1,0 +1,1 @@
+"""Networks that predict tokens or latents; one evaluation each, no loops."""

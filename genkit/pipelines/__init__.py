@@ -1,0 +1,1 @@
+"""Pipelines, one file per task, and what they share: loading (`base`), outputs and seeds."""

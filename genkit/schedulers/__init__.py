@@ -1,0 +1,1 @@
+"""Schedulers that diffusers does not have."""
