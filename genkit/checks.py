@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # torch costs a second to import; errors about arguments must not wait for it
@@ -41,6 +41,30 @@ def choose(name: str, choices: Iterable[str], what: str) -> str:
     if name not in choices:
         raise ValueError(unknown(name, choices, what))
     return name
+
+
+def shorten(names: Sequence[str], most: int = 10) -> str:
+    """Return names as a list in words: the first `most`, and how many there are in all."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def tell_differences(missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> str:
+    """Return what differs between a checkpoint and a model, or "" if nothing does.
+
+    Args:
+        missing: keys of the model that the checkpoint lacks.
+        unexpected: keys of the checkpoint that the model lacks.
+        misshapen: keys with both shapes, as `misshapen_keys` tells them.
+    """
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+    return "; ".join(f"{len(keys)} {kind}: {shorten(sorted(keys))}" for kind, keys in kinds if keys)
+
+
+def misshapen_keys(expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:
+    """Return the common keys whose shapes differ, each with both shapes."""
+    common = sorted(expected.keys() & found.keys())
+    pairs = [(key, list(expected[key]), list(found[key])) for key in common]
+    return [f"{key} expected {wanted}, found {given}" for key, wanted, given in pairs if wanted != given]
 
 
 def check_shape(tensor: Tensor, name: str, pattern: str, **sizes: int) -> dict[str, int]:

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from genkit.checks import misshapen_keys, shorten, tell_differences
+
 Module = TypeVar("Module", bound=nn.Module)
 Names = str | tuple[str, ...]
 GROUPS = {"i": r"\d+", "j": r"\d+", "p": r"weight|bias", "rest": r".+"}
@@ -71,7 +73,7 @@ class ConversionReport:
         reasons: dict[str, list[str]] = {}
         for key, reason in self.dropped.items():
             reasons.setdefault(reason, []).append(key)
-        lines += [f"  dropped {_shorten(keys)}: {reason}" for reason, keys in reasons.items()]
+        lines += [f"  dropped {shorten(keys)}: {reason}" for reason, keys in reasons.items()]
         return "\n".join(lines)
 
 
@@ -164,11 +166,8 @@ class KeyTable:
         missing = incomplete + [self._named(key) for key in shapes.keys() - ours.keys()]
         unexpected = [key for key in official if key not in used and key not in report.dropped]
         strays = [f"{key} (of {official_key})" for official_key, keys in used.items() for key in keys if key in ours and key not in shapes]
-        misshapen = [
-            f"{self._named(key)} expected {list(shapes[key])}, found {list(ours[key].shape)}"
-            for key in sorted(shapes.keys() & ours.keys())
-            if tuple(ours[key].shape) != shapes[key]
-        ]
+        wrong = (line.split(" ", 1) for line in misshapen_keys(shapes, {key: value.shape for key, value in ours.items()}))
+        misshapen = [f"{self._named(key)} {rest}" for key, rest in wrong]
         raise_differences(f"{self.system}: the checkpoint does not fit", missing, unexpected + strays, misshapen)
         return ours, report
 
@@ -200,13 +199,9 @@ def raise_differences(intro: str, missing: Sequence[str], unexpected: Sequence[s
     Raises:
         ValueError: with the first ten keys of each sort and their number.
     """
-    parts = [
-        f"{len(keys)} {what}: {_shorten(sorted(keys))}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
-        if keys
-    ]
-    if parts:
-        raise ValueError(f"{intro}: {'; '.join(parts)}. Check that the file and the options belong to the same model.")
+    text = tell_differences(missing, unexpected, misshapen)
+    if text:
+        raise ValueError(f"{intro}: {text}. Check that the file and the options belong to the same model.")
 
 
 def build_empty(cls: Callable[..., Module], **config: Any) -> Module:
@@ -259,10 +254,6 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 def _fill(name: str, letters: Mapping[str, str]) -> str:
     return re.sub(r"{(\w+)}", lambda match: letters[match[1]], name)
-
-
-def _shorten(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:10]) + (f", ... ({len(keys)} in all)" if len(keys) > 10 else "")
 
 
 def _apply(

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import genkit
 from genkit.catalogue import INDEX, PREFIX, packaged_folder, packaged_names, shared_folder
-from genkit.checks import choose, unknown
+from genkit.checks import choose, misshapen_keys, tell_differences, unknown
 from genkit.weights import PICKLE_SUFFIXES, check_finite, safetensors_header
 
 LIBRARIES = ("genkit", "diffusers", "transformers")
@@ -183,11 +183,7 @@ def _check_component(cls: Any, folder: Path, variant: str | None) -> None:
     where = {key: file for file, header in headers.items() for key in header}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
-    wrong = [
-        f"{key} expected {list(expected[key])}, found {list(found[key])}"
-        for key in sorted(expected.keys() & found.keys())
-        if expected[key] != found[key]
-    ]
+    wrong = misshapen_keys(expected, found)
     first = next((where[key.split()[0]] for key in [*unexpected, *wrong]), files[0])
     raise_loading(first, cls.__name__, missing, unexpected, wrong)
 
@@ -198,14 +194,10 @@ def raise_loading(file: Path, class_name: str, missing: list[str], unexpected: l
     Raises:
         ValueError: with the first ten keys of each sort and their number.
     """
-    parts = [
-        f"{len(keys)} {what} ({', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", wrong))
-        if keys
-    ]
-    if parts:
+    text = tell_differences(missing, unexpected, wrong)
+    if text:
         raise ValueError(
-            f"{str(file)!r} does not fit {class_name} and its config.json: {'; '.join(parts)}. The folder mixes files of different models."
+            f"{str(file)!r} does not fit {class_name} and its config.json: {text}. The folder mixes files of different models."
         )
 
 
@@ -280,7 +272,8 @@ def _load_transformers_model(cls: Any, folder: Path, dtype: torch.dtype, variant
         )
     except RuntimeError as error:
         raise ValueError(f"{str(file)!r} does not fit {cls.__name__}: {error}") from error
-    wrong = [f"{key} expected {list(want)}, found {list(found)}" for key, found, want in sorted(info["mismatched_keys"])]
+    mismatched = info["mismatched_keys"]
+    wrong = misshapen_keys({key: want for key, _, want in mismatched}, {key: found for key, found, _ in mismatched})
     raise_loading(file, cls.__name__, sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), wrong)
     check_finite(model.state_dict(), file)
     result: nn.Module = model.eval()

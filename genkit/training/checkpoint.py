@@ -25,6 +25,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from genkit.checks import misshapen_keys, tell_differences
+
 TEMPORARY = ".tmp-"
 OLDER = "delete this checkpoint to resume from an older one"
 
@@ -176,10 +178,8 @@ def load_module(path: Path, module: nn.Module) -> None:
         raise CheckpointError(f"{path} is missing, damaged or no safetensors file ({error}); {OLDER}.") from error
     own = module.state_dict()
     missing, unexpected = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
-    shared = [(k, list(tensors[k].shape), list(v.shape)) for k, v in own.items() if k in tensors]
-    misshapen = [f"{k} is {found}, expected {expected}" for k, found, expected in shared if found != expected]
-    problems = [("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)]
-    text = "; ".join(f"{len(names)} {what}: {', '.join(names[:10])}" for what, names in problems if names)
+    shapes, given = ({key: value.shape for key, value in state.items()} for state in (own, tensors))
+    text = tell_differences(missing, unexpected, misshapen_keys(shapes, given))
     if text:
         remedy = "Resume with the task_config of the checkpoint or choose another train.out."
         raise CheckpointError(f"{path} does not fit the model: {text}. {remedy}")

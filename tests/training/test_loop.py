@@ -200,7 +200,7 @@ def test_other_runs_and_other_models_are_not_mixed_up(tmp_path: Path) -> None:
         Trainer(Regression(), settings(tmp_path)).run(resume="newest")
     wide = Regression()
     wide.modules["net"] = nn.Sequential(nn.Linear(3, 9), nn.SiLU(), nn.Dropout(0), nn.Linear(9, 1))
-    with pytest.raises(checkpoint.CheckpointError, match=r"3 misshapen: 0.weight is \[8, 3\], expected \[9, 3\]"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"3 of the wrong shape: 0.bias .*0.weight expected \[9, 3\], found \[8, 3\]"):
         Trainer(wide, settings(tmp_path)).run()
     with pytest.raises(checkpoint.CheckpointError, match="missing, damaged"):
         Trainer(Rivals(), settings(tmp_path)).run()
