@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from genkit.conditioners.text import encode_text
 from genkit.data.images import ImageFolderDataset, open_dataset
@@ -78,6 +79,8 @@ class Config:
             distinct caption (the folder of a picture).
         data: parquet file of views, folder of pictures or hub id.
         image_size: pictures are reduced to this side, in pixels.
+        views: turntable views to learn from (0 is the front, then turning about the asset); all if null. Other data have no views.
+        start: folder of a generator (`.../export/transformer`) whose weights the training starts from; null starts anew.
         prompts_per_picture: prompts encoded per view; a step draws one of them.
         null_probability: how often the condition is left out: the null class or the empty prompt.
         flip: also learn from mirrored pictures (class models only: prompts may name a side).
@@ -97,6 +100,8 @@ class Config:
     tokenizer: str | None = None
     data: str = "data/lowpoly/train.parquet"
     image_size: int = 64
+    views: tuple[int, ...] | None = None
+    start: str | None = None
     prompts_per_picture: int = 8
     null_probability: float = 0.1
     flip: bool = False
@@ -163,10 +168,27 @@ class ENATTask(Task):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ENATTransformer2DModel(sample_size=list(grid), codebook_size=codes, **asdict(config.model), **sizes)
+        if config.start is not None:
+            model.load_state_dict(ENATTransformer2DModel.from_pretrained(config.start).state_dict())
         self.modules = {"transformer": model}
 
-    def dataset(self) -> TokenCache:
+    def dataset(self) -> TokenCache | Subset[dict[str, Tensor]]:
         """Return the codes of the pictures, {"indices": [n], "index"}; they and the encoded prompts are written at the first call."""
+        cache = self._token_cache()
+        if self.config.views is None:
+            return cache
+        if not isinstance(self.data, ViewDataset):
+            raise ValueError(
+                f"views={self.config.views} choose turntable views, but {self.config.data} holds single pictures; leave it out."
+            )
+        wrong = [view for view in self.config.views if not 0 <= view < self.data.num_views]
+        if wrong or not self.config.views:
+            raise ValueError(f"views must be numbers from 0 to {self.data.num_views - 1}, at least one, got {list(self.config.views)}.")
+        chosen = set(self.config.views)
+        return Subset(cache, [row for row in range(len(cache)) if self.data.view_of(row % len(self.data)) in chosen])
+
+    def _token_cache(self) -> TokenCache:
+        """Return the codes of all pictures."""
         folder = Path(self.config.cache).expanduser() if self.config.cache else cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:

@@ -151,6 +151,8 @@ class ViTVQTask(Task):
         if quantize:
             loss = loss + out.loss
             terms |= out.terms
+            used = out.indices.unique().numel() / cast(ViTVQModel, self.raw("vqvae")).quantizer.codebook_size
+            terms["codes_used"] = torch.tensor(used)  # of this batch; `CodebookStats` counts over a data set
         if self.config.perceptual_weight:
             network = cast(FeatureNetwork, self.frozen["features"])
             with torch.no_grad():

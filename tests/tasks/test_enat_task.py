@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from genkit.conditioners.text import EncodedText, encode_text
+from genkit.data.tokens import TokenCache
 from genkit.generators.enat import ENATTransformer2DModel
 from genkit.pipelines.outputs import ImageOutput
 from genkit.tasks import enat
@@ -63,7 +65,7 @@ def build(folders: Path, text: bool = False, **options: Any) -> enat.ENATTask:
 
 def run_step(task: enat.ENATTask, rows: slice = slice(0, 6), step: int = 0, **context: Any) -> tuple[Phase, Any]:
     """One step on rows of the data; returns its phase and the averaged network."""
-    data = task.dataset()
+    data = cast(TokenCache, task.dataset())
     batch = {"indices": data.indices(rows), "index": torch.arange(len(data))[rows]}
     average = copy.deepcopy(task.modules["transformer"]).eval().requires_grad_(False)
     ctx = StepContext(step, 5, CPU, {"transformer": average}, **context)
@@ -105,13 +107,13 @@ def test_beta_draw_has_the_published_mean_and_follows_the_generator() -> None:
 
 @pytest.mark.parametrize("text", [False, True])
 def test_tokens_and_prompts_are_written_once_and_mapped(folders: Path, text: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build(folders, text).dataset()
+    first = cast(TokenCache, build(folders, text).dataset())
     assert len(first) == NUM_VIEWS
     assert first.codes.dtype == "uint16"
     again = build(folders, text)
     monkeypatch.setattr(again, "_encode", lambda rows: pytest.fail("encoded again"))
     monkeypatch.setattr(enat, "encode_text", lambda *args: pytest.fail("encoded again"))
-    assert torch.equal(again.dataset().indices(slice(0, NUM_VIEWS)), first.indices(slice(0, NUM_VIEWS)))
+    assert torch.equal(cast(TokenCache, again.dataset()).indices(slice(0, NUM_VIEWS)), first.indices(slice(0, NUM_VIEWS)))
 
 
 def test_tokens_are_the_codes_of_the_pictures_and_their_mirror_images(folders: Path) -> None:
@@ -238,3 +240,28 @@ def test_training_learns_samples_and_exports_a_pipeline(folders: Path, tmp_path:
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         enat.Config(vqvae="vqvae", **options)
+
+
+def test_chosen_views_are_the_only_ones_learned_from(folders: Path) -> None:
+    task = build(folders, text=True)
+    views = sorted({task.data.view_of(i) for i in range(len(task.data))})  # type: ignore[union-attr]
+    chosen = build(folders, text=True, views=(views[1],)).dataset()
+    rows = [int(chosen[i]["index"]) for i in range(len(chosen))]
+    assert rows and {task.data.view_of(row) for row in rows} == {views[1]}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="views must be numbers"):
+        build(folders, text=True, views=(99,)).dataset()
+
+
+def test_training_starts_from_given_weights(folders: Path, tmp_path: Path) -> None:
+    first = build(folders, text=True)
+    cast(ENATTransformer2DModel, first.modules["transformer"]).save_pretrained(tmp_path / "transformer")
+    names: dict[str, Any] = {"text_encoder": str(folders / "text_encoder"), "tokenizer": str(folders / "tokenizer")}
+    model = enat.ModelConfig(hidden_size=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1)
+    settings: dict[str, Any] = {
+        "vqvae": str(folders / "vqvae"),
+        "data": str(folders / "train.parquet"),
+        "image_size": 8,
+        "cache": str(folders / "cache"),
+    }
+    second = enat.build(enat.Config(**settings, **names, model=model, prompts_per_picture=3, start=str(tmp_path / "transformer")))
+    assert_close(second.modules["transformer"].state_dict(), first.modules["transformer"].state_dict(), rtol=0, atol=0)
