@@ -60,10 +60,14 @@ class ModelConfig:
 
 @dataclass
 class SamplingConfig:
-    """How pictures are made while training, and what the exported pipeline does by default; guidance_scale 1 = off."""
+    """How pictures are made while training, and what the exported pipeline does by default.
+
+    `guidance_scale` 1 is off; `guidance` says how it goes over the steps, see `MaskedTokenScheduler`.
+    """
 
     num_inference_steps: int = 8
     guidance_scale: float = 3.5
+    guidance: Literal["linear", "constant"] = "linear"
     token_temperature: float = 6.0
     mask_temperature: float = 1.5
     prompts: tuple[str, ...] = ()
@@ -271,6 +275,7 @@ class ENATTask(Task):
             vqvae=cast(ViTVQModel, self.frozen["vqvae"]),
             scheduler=MaskedTokenScheduler(
                 mask_token_id=net.mask_token_id,
+                guidance=sampling.guidance,
                 token_temperature=sampling.token_temperature,
                 mask_temperature=sampling.mask_temperature,
             ),
