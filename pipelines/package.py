@@ -45,7 +45,7 @@ def main() -> None:
     pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())
-    memory = pipe.estimate_memory(4).total / 1e6
+    memory = pipe.estimate_memory(4).peak / 1e6
     pipe.to(torch.float16)
     shared = {}
     if args.text:
