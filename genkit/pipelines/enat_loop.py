@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.generators.enat import ENATCondition, ENATState, ENATTransformer2DModel
+from genkit.generators.enat_index import positions_where
 from genkit.pipelines.outputs import StepState
 from genkit.pipelines.seeds import SampleStreams, gumbel
 from genkit.schedulers.masked_token import MaskedTokenScheduler, guide
@@ -129,7 +130,7 @@ def loop(run: ENATRun, seeds: list[int], state: ENATStepState | None) -> Generat
         streams.uniform(2, run.transformer.num_tokens)
     if state is None:
         count = check_grid(run.init, run.transformer.num_tokens, run.transformer.mask_token_id)
-        state = _state(run, seeds, run.init, masked_positions(run.init, run.transformer.mask_token_id, count), count)
+        state = _state(run, seeds, run.init, positions_where(run.init == run.transformer.mask_token_id, count), count)
     else:
         state = state.clone()
     while state.index + 1 < num_steps:
@@ -157,7 +158,7 @@ def _follow_edit(state: ENATStepState) -> ENATStepState:
     num_masked, index = max(state.num_masked, count), state.index + 1
     while num_masked > 0 and state.run.scheduler.masked_counts(num_masked)[index] > count:
         num_masked -= 1  # a person filled tokens: the schedule counts from fewer
-    masked_index = masked_positions(sample, mask_token_id, count)
+    masked_index = positions_where(sample == mask_token_id, count)
     return replace(state, sample=sample, masked_index=masked_index, num_masked=num_masked, features=[None] * len(state.features))
 
 
@@ -275,11 +276,6 @@ def _distinct(
 def chunks(items: range, size: int) -> list[list[int]]:
     """Return consecutive numbers in lists of at most `size`."""
     return [list(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def masked_positions(grid: Tensor, mask_token_id: int, count: int) -> Tensor:
-    """Return the positions [b, count] of masked tokens in raster order."""
-    return (grid == mask_token_id).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def state_tokens(state: ENATStepState, mask_token_id: int) -> Tensor:

@@ -3,7 +3,8 @@
 loss = l1 * mean|x' - x| + l2 * mean (x' - x)^2 + perceptual * d(x', x) + quantizer loss, pictures in [-1, 1].
 
 The first steps may train a plain autoencoder; then the codes start at the k-means centres of its latents and quantization begins. On 64x64
-views of game assets that is the difference between 4 % and over 90 % of the codes in use.
+views of game assets SimVQ's own start had 4 % of 1,024 codes in use after 500 steps (width 32), a start at the blank encoder's latents had
+17 % after 300 (width 8); started this way, 90 % were in use after 500 steps (width 8).
 
 The perceptual term compares feature maps of EfficientNet-Lite1 (extra `features`); the numbers in our reports come from Lite0.
 """
