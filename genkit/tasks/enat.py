@@ -35,6 +35,7 @@ from genkit.schedulers.masked_token import MaskedTokenScheduler
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
 from genkit.tasks._enat_prompts import PromptTable, build_prompt_table, captions_of, prompts_of, weights_hash
 from genkit.tokenizers.vit_vqgan import ViTVQModel
+from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Config:
         mask_beta: parameters of the Beta distribution of the masked share.
         reuse_probability: how often a step continues from the averaged model's features.
         label_smoothing: in [0, 1).
-        lr, betas, weight_decay: of AdamW, on every parameter.
+        optimizer: "adamw" as published, or "muon": Muon for the matrices of the blocks, AdamW for the rest.
+        lr, betas, weight_decay: of the optimizer, on every parameter.
         export_dtype: floating type of the exported weights.
         seed: of the initial weights.
         cache: folder of the tokens and encoded prompts; the user's cache folder if null.
@@ -114,6 +116,7 @@ class Config:
     mask_beta: tuple[float, float] = (12.0, 3.0)
     reuse_probability: float = 0.5
     label_smoothing: float = 0.1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 4e-4
     betas: tuple[float, float] = (0.99, 0.99)
     weight_decay: float = 0.03
@@ -221,10 +224,12 @@ class ENATTask(Task):
         return vqvae.encode(images.to(next(vqvae.parameters()).device)).indices.flatten(1)
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return AdamW over all parameters."""
-        config = self.config
-        parameters = self.modules["transformer"].parameters()
-        return {"main": torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)}
+        """Return one optimizer over all parameters."""
+        config, net = self.config, self.modules["transformer"]
+        settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+        if config.optimizer == "muon":
+            return {"main": muon_with_adamw(*block_matrices(net), **settings)}
+        return {"main": torch.optim.AdamW(net.parameters(), **settings)}
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss on codes [b, n]."""
