@@ -7,6 +7,7 @@ re-implementation (`genkit.convert.vit_vqgan`).
 - The quantizer is named in the config: l2-normalised codes as published, plain VQ, SimVQ; straight-through or rotated gradient.
 - Patches as published (one strided convolution in, one transposed convolution out), or small convolution stacks at both ends
   (`stem="conv"`), which train much faster on few pictures.
+- Without encoder blocks (`depth` 0) codes are local: each depends on its patch and what the stem sees around it.
 - Pictures are [-1, 1] at the interface; an official network that computes in [0, 1] says so in its config (`official_range`).
 - Fused attention, gradient checkpointing, fp32 code search under any autocast.
 
@@ -141,6 +142,8 @@ def _halvings(patch: tuple[int, int]) -> int:
 
 def _tower(dim: int, depth: int, heads: int, mlp_dim: int, dim_head: int = 64, act: str = "tanh") -> nn.ModuleList:
     """Build `depth` pre-norm blocks of width `dim`; `act` is the MLP's activation (the reference uses tanh in every block)."""
+    if not depth:
+        return nn.ModuleList()
     identity = heads == 1 and dim_head == dim  # the reference then has no output projection
     attention = f"attention(key_dim={dim_head}, qkv_bias=False{', out_proj=False' if identity else ''})"
     return stack.build(f"({attention} + mlp(hidden={mlp_dim}, act='{act}')) * {depth}", dim, heads=heads, norm="ln", residual="pre")
@@ -159,7 +162,9 @@ class ViTEncoder(nn.Module):
     def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         features = self.stem(x)
         h, w = features.shape[-2:]
-        tokens = add_positions(rearrange(features, "b d h w -> b (h w) d"), h, w)
+        tokens = rearrange(features, "b d h w -> b (h w) d")
+        if len(self.blocks):  # without blocks a code depends on its neighbourhood alone, not on its place
+            tokens = add_positions(tokens, h, w)
         return self.norm(_run(self.blocks, tokens, checkpointing))
 
 
@@ -193,7 +198,8 @@ class ViTVQModel(ModelMixin, ConfigMixin):
 
     Args:
         patch_size: pixels per token side, an int or [rows, columns].
-        encoder_config: dim, depth, heads, mlp_dim, dim_head (64), act ("tanh"); dim a multiple of 4, heads * dim_head free of dim.
+        encoder_config: dim, depth (0 for local codes), heads, mlp_dim, dim_head (64), act ("tanh"); dim a multiple of 4, heads * dim_head
+            free of dim.
         decoder_config: the same for the decoder.
         quantizer_config: config of `build_quantizer`: name, codebook_size, dim, ...
         in_channels: picture channels.

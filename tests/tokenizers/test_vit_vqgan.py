@@ -143,3 +143,15 @@ def test_bad_input_is_refused_with_what_is_accepted() -> None:
         tiny(encoder_config={**TOWER, "dim": 18})
     with pytest.raises(ValueError, match="power of two"):
         tiny(stem="conv", patch_size=6)
+
+
+def test_without_encoder_blocks_codes_are_local() -> None:
+    model = tiny(stem="conv", encoder_config={**TOWER, "depth": 0}).eval()
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    moved = x.roll((8, 4), dims=(2, 3))
+    codes, other = model.encode(x).indices, model.encode(moved).indices
+    assert torch.equal(codes[:, 1:-3, 1:-2], other[:, 3:-1, 2:-1])  # wherever the edge is out of sight
+    changed = x.clone()
+    changed[..., :4, :4] = 1
+    assert torch.equal(model.encode(changed).indices[:, 2:, 2:], codes[:, 2:, 2:])
+    assert tuple(model(x).sample.shape) == (1, 3, 32, 32)
