@@ -47,12 +47,12 @@ def main() -> None:
     parameters = sum(p.numel() for module in modules for p in module.parameters())
     memory = pipe.estimate_memory(4).peak / 1e6
     pipe.to(torch.float16)
-    shared = {}
-    if args.text:
-        for part in SHARED:
-            getattr(pipe, part).save_pretrained(pretrained_dir() / args.text / part)
-        shared = {part: f"{args.text}/{part}" for part in SHARED}
+    shared = {part: f"{args.text}/{part}" for part in SHARED} if args.text else {}
     folder = pretrained_dir() / args.name
+    with tempfile.TemporaryDirectory() as whole:
+        pipe.save_pretrained(whole)
+        for part, place in shared.items():
+            shutil.copytree(Path(whole) / part, pretrained_dir() / place, dirs_exist_ok=True)
     with tempfile.TemporaryDirectory() as kept:
         card = folder / "README.md"
         if card.is_file():

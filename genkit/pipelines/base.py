@@ -115,7 +115,7 @@ class GenPipeline(DiffusionPipeline):
             options.setdefault("repo_id", target.name)
         with whole_folder(target) as folder, loading.quiet():
             super().save_pretrained(str(folder), safe_serialization=True, variant=variant, **options)
-            _forget_paths(folder)
+            _make_portable(folder)
             if shared:
                 _name_shared(folder, shared)
 
@@ -245,12 +245,26 @@ def _official_hub_model(hub_id: str) -> tuple[str, Any] | None:
     return None
 
 
-def _forget_paths(folder: Path) -> None:
-    """Take the folders that components were loaded from out of their configs: they mean nothing elsewhere."""
-    for path in folder.glob("*/config.json"):
+def _make_portable(folder: Path) -> None:
+    """Take what means nothing elsewhere out of a saved pipeline: source folders, and the name transformers 5 gives fast tokenizers.
+
+    Version 4 knows them as `PreTrainedTokenizerFast` only; version 5 accepts that name too.
+    """
+    for path in [*folder.glob("*/config.json"), *folder.glob("*/tokenizer_config.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "is_local", "local_files_only")}
+        if kept.get("tokenizer_class") == "TokenizersBackend":
+            kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if kept != config:
+            _write_json(path, kept)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if ["transformers", "TokenizersBackend"] in index.values():
+        renamed = ["transformers", "PreTrainedTokenizerFast"]
+        _write_json(folder / INDEX, {k: renamed if v == ["transformers", "TokenizersBackend"] else v for k, v in index.items()})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _name_shared(folder: Path, shared: Mapping[str, str]) -> None:
@@ -263,4 +277,4 @@ def _name_shared(folder: Path, shared: Mapping[str, str]) -> None:
             )
         shutil.rmtree(folder / name)
     index["_shared"] = dict(shared)
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(folder / INDEX, index)
