@@ -4,6 +4,7 @@
     python eval/benchmark.py enat --threads 1 --dtype bfloat16      # half-precision weights against fp32 weights under autocast
     python eval/benchmark.py enat --device cuda --dtype bfloat16 --batch_size 64 --compiled true
     python eval/benchmark.py search --threads 1                     # nearest of 262,144 codes for 4,096 tokens of width 128
+    python eval/benchmark.py attend --threads 1                     # fused attention kernel against the written-out softmax
 
 Prints the machine, threads, dtype, and of each way the median and the spread. The tokens of both ways must be equal in float32.
 """
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from genkit.blocks.attend import attend as attend_heads
 from genkit.blocks.attention import Attention
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.fast_linear import is_worthwhile, with_fast_linear
@@ -173,8 +176,12 @@ def report(timings: dict[str, Timing], count: int, what: str) -> None:
         clock, cpu = statistics.median(timing.clock), statistics.median(timing.cpu)
         speed = f"{1e3 * clock:9.1f} ms ({1e3 * min(timing.clock):.1f} .. {1e3 * max(timing.clock):.1f}), {count / clock:.2f} {what}/s"
         ratios = f"{statistics.median(first.clock) / clock:.2f}x by the clock, {statistics.median(first.cpu) / cpu:.2f}x in CPU time"
-        equal = (cast(Tensor, timing.result) == cast(Tensor, first.result)).float().mean().item()
-        print(f"{name:21} {speed}; {ratios}; {100 * equal:.2f} % equal results")
+        result, other = cast(Tensor, timing.result), cast(Tensor, first.result)
+        if result.is_floating_point():
+            agreement = f"largest difference {(result.double() - other.double()).abs().max().item():.1g}"
+        else:
+            agreement = f"{100 * (result == other).float().mean().item():.2f} % equal results"
+        print(f"{name:21} {speed}; {ratios}; {agreement}")
 
 
 def enat(
@@ -280,5 +287,54 @@ def search(codes: int = 262_144, tokens: int = 4096, dim: int = 128, device: str
     report(timed({"full matrix": full, "genkit": lambda: nearest_codes(latents, book)}, repeats, device), tokens, "tokens")
 
 
+def attend(
+    batch: int = 16,
+    heads: int = 2,
+    queries: int = 256,
+    keys: int = 256,
+    width: int = 64,
+    backward: bool = True,
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    device: str = "cpu",
+    threads: int = 0,
+    repeats: int = 7,
+) -> None:
+    """Time attention: PyTorch's fused kernel, the softmax written out, and `genkit.blocks.attend`, which chooses one of them.
+
+    Args:
+        batch: b.
+        heads: attention heads.
+        queries: nq.
+        keys: nk.
+        width: of a head.
+        backward: with gradients, as in training.
+        dtype: of the inputs.
+        device: cpu, cuda or mps.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        repeats: timed runs of each way.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(batch, heads, n, width) for n in (queries, keys, keys)]
+    q, k, v = (torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)).requires_grad_(backward) for shape in shapes)
+
+    def run(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        with torch.set_grad_enabled(backward):
+            out = way(q, k, v)
+        if backward:
+            torch.autograd.grad(out.sum(), (q, k, v))
+        return out.detach()
+
+    def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q * width**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+
+    print(machine(device))
+    print(f"attention {batch} x {heads} heads x {queries} x {keys}, width {width}, {dtype}, {device}{', with backward' * backward}")
+    ways = {"fused": F.scaled_dot_product_attention, "written out": written_out, "genkit": attend_heads}
+    timings = timed({name: partial(run, way) for name, way in ways.items()}, repeats, device)
+    report(timings, batch, "sequences")
+
+
 if __name__ == "__main__":
-    auto_cli({"enat": enat, "search": search})
+    auto_cli({"enat": enat, "search": search, "attend": attend})
