@@ -18,7 +18,9 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from genkit.checks import misshapen_keys, tell_differences
 
 StateDict = dict[str, Tensor]
 DTYPES = {
@@ -131,6 +133,28 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
         raise ValueError(
             f"{str(source)!r}: NaN or infinity in {len(bad)} of {len(state)} tensors: {shown}; the training that wrote it diverged."
         )
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], what: str, remedy: str) -> None:
+    """Load a state dict whose keys and shapes must be the module's; only batch norms' step counters may be missing.
+
+    Args:
+        module: to load.
+        state: tensors by key.
+        what: whose weights, for the message.
+        remedy: what to give instead.
+
+    Raises:
+        ValueError: naming the keys that differ, or hold values that are not finite.
+    """
+    own = module.state_dict()
+    given = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | dict(state)
+    shapes, found = ({key: tuple(value.shape) for key, value in tensors.items()} for tensors in (own, given))
+    text = tell_differences(list(own.keys() - given.keys()), list(given.keys() - own.keys()), misshapen_keys(shapes, found))
+    if text:
+        raise ValueError(f"{what}: the weights do not fit: {text}. {remedy}")
+    check_finite(given, what)
+    module.load_state_dict(given)
 
 
 def read_checkpoint(path: str | Path, wrappers: Sequence[str] = ("state_dict",)) -> tuple[StateDict, str]:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genkit.checks import check_shape, choose, misshapen_keys, tell_differences
+from genkit.checks import check_shape, choose
+from genkit.weights import load_strict
 
 # repeats, kernel, stride, expansion, output channels; the repeats of the middle stages are those of Lite0
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
@@ -150,12 +151,7 @@ def load_network(name: str, weights: Path) -> EfficientNetLite:
     state = torch.load(weights, map_location="cpu", weights_only=True)
     names = rename(state, REPEATS[name])
     state = {names[key]: value for key, value in state.items()}
-    own = network.state_dict()
-    shapes, given = ({key: value.shape for key, value in tensors.items()} for tensors in (own, state))
-    text = tell_differences(list(own.keys() - state.keys()), list(state.keys() - own.keys()), misshapen_keys(shapes, given))
-    if text:
-        raise ValueError(f"{weights} does not fit {name}: {text}. Install the package again or give the file of this network.")
-    network.load_state_dict(state)
+    load_strict(network, state, f"{name} of {weights}", "Install the package again or give the file of this network.")
     for module in network.modules():
         if isinstance(module, ConvUnit):
             module.fold()

@@ -2,9 +2,11 @@
 
 d^2 = |m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^(1/2)
 
-Source: Heusel et al. 2017 (arXiv 1706.08500), with the sample covariance (divided by n - 1) of all common tools. The trace of the root
-is the nuclear norm of L1^T L2 with Si = Li Li^T from symmetric eigenvalues, which stays exact to rounding where the covariances
-are singular (fewer samples than features); general eigenvalues or the matrix root of S1 S2 lose half the digits there.
+Source: Heusel et al. 2017 (arXiv 1706.08500), with the sample covariance (divided by n - 1) of nearly all tools; StyleGAN's divides by n.
+The trace of the root is the nuclear norm of A B^T for any A^T A = S1, B^T B = S2: exact to rounding also where the covariances are
+singular (fewer samples than features), where general eigenvalues or the matrix root of S1 S2 lose half the digits. While there are fewer
+samples than features, the rows themselves are kept and serve as A and B, which makes small sets fast; else the Cholesky factor of one
+covariance turns the trace into symmetric eigenvalues.
 
 Letters: n samples, d features.
 """
@@ -25,7 +27,8 @@ class GaussianStatistics:
     """Mean and covariance of features, accumulated over batches, files or processes.
 
     Keeps n, the mean and the sum of outer products of deviations in float64 on the CPU and merges by the pairwise update of Chan et
-    al. 1983, so that order and split change the result by rounding only, also where the mean is far from zero.
+    al. 1983, so that order and split change the result by rounding only, also where the mean is far from zero. Up to d samples are kept as
+    they are.
 
     Args:
         dim: number of features d.
@@ -44,6 +47,7 @@ class GaussianStatistics:
         self.dim, self.source, self.count = dim, source, 0
         self._mean = torch.zeros(dim, dtype=torch.float64)
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        self._rows: list[Tensor] | None = []  # the samples while they are at most d, else None
 
     def update(self, features: Tensor) -> None:
         """Add features [n, d].
@@ -55,19 +59,36 @@ class GaussianStatistics:
         values = features.detach().to("cpu", torch.float64)
         if not torch.isfinite(values).all():
             raise ValueError("GaussianStatistics.update: features hold values that are not finite; check the pictures and the network.")
-        if len(values):
-            mean = values.mean(0)
-            deviations = values - mean
-            self._absorb(len(values), mean, deviations.T @ deviations)
+        if not len(values):
+            return
+        if self._rows is not None and self.count + len(values) <= self.dim:
+            self._rows.append(values.clone())
+            self.count += len(values)
+        else:
+            self._collapse()
+            self._absorb(*_moments(values))
 
     def merge(self, other: GaussianStatistics) -> None:
         """Add what another object has seen.
 
         Raises:
             ValueError: if the features differ in number or source.
+            RuntimeError: if one was loaded from a file without a count.
         """
         _check_comparable(self, other, "merge")
-        self._absorb(other.count, other._mean, other._scatter)
+        if other._rows is not None:
+            for rows in list(other._rows):
+                self.update(rows)
+        else:
+            self._collapse()
+            self._absorb(other.count, other._mean, other._scatter)
+
+    def _collapse(self) -> None:
+        """Turn kept samples into moments."""
+        rows, self._rows = self._rows, None
+        if rows:
+            self.count = 0
+            self._absorb(*_moments(torch.cat(rows)))
 
     def _absorb(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + count
@@ -78,15 +99,36 @@ class GaussianStatistics:
         self._mean = self._mean + delta * (count / total)
         self.count = total
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Return the mean [d] and the sample covariance [d, d], float64.
+    def compute(self, ddof: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the mean [d] and the covariance [d, d], float64.
+
+        Args:
+            ddof: the covariance is divided by n - ddof; StyleGAN's tools use 0, all others 1.
 
         Raises:
             RuntimeError: with fewer than two samples.
         """
+        self._check_count()
+        if self._rows is None:
+            return self._mean.clone(), self._scatter / (self.count - ddof)
+        _, mean, scatter = _moments(torch.cat(self._rows))
+        return mean, scatter / (self.count - ddof)
+
+    def factor(self, ddof: int = 1) -> Tensor | None:
+        """Return A [n, d] with A^T A the covariance: the centred samples, scaled; None where they are not kept.
+
+        Raises:
+            RuntimeError: with fewer than two samples.
+        """
+        self._check_count()
+        if self._rows is None:
+            return None
+        rows = torch.cat(self._rows)
+        return (rows - rows.mean(0)) / (self.count - ddof) ** 0.5
+
+    def _check_count(self) -> None:
         if self.count < 2:
             raise RuntimeError(f"GaussianStatistics.compute: a covariance needs at least 2 samples, got {self.count}; call update first.")
-        return self._mean.clone(), self._scatter / (self.count - 1)
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` with `mu`, `sigma` (as pytorch-fid and others read them), `count` and `source`; whole or not at all."""
@@ -118,7 +160,7 @@ class GaussianStatistics:
     @classmethod
     def _restore(cls, mean: Tensor, covariance: Tensor, count: int, source: str) -> GaussianStatistics:
         stats = cls(len(mean), source)
-        stats.count, stats._mean, stats._scatter = count, mean, covariance * (count - 1)
+        stats.count, stats._mean, stats._scatter, stats._rows = count, mean, covariance * (count - 1), None
         return stats
 
 
@@ -129,12 +171,24 @@ class _Loaded(GaussianStatistics):
         super().__init__(len(mean), source)
         self._mean, self._covariance = mean, covariance
 
-    def _absorb(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _collapse(self) -> None:
         raise RuntimeError("these statistics were loaded from a file without 'count' and cannot take more samples.")
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """Return the mean and covariance of the file."""
+    def merge(self, other: GaussianStatistics) -> None:
+        """Refuse: the number of samples is not known."""
+        self._collapse()
+
+    def update(self, features: Tensor) -> None:
+        """Refuse: the number of samples is not known."""
+        self._collapse()
+
+    def compute(self, ddof: int = 1) -> tuple[Tensor, Tensor]:
+        """Return the mean and covariance of the file, whatever it was divided by."""
         return self._mean.clone(), self._covariance.clone()
+
+    def factor(self, ddof: int = 1) -> Tensor | None:
+        """Return None: there are no samples."""
+        return None
 
 
 def _check_comparable(a: GaussianStatistics, b: GaussianStatistics, what: str) -> None:
@@ -145,22 +199,64 @@ def _check_comparable(a: GaussianStatistics, b: GaussianStatistics, what: str) -
         )
 
 
+def _moments(rows: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Return n, mean [d] and scatter [d, d] of float64 rows [n, d]."""
+    mean = rows.mean(0)
+    deviations = rows - mean
+    return len(rows), mean, deviations.T @ deviations
+
+
 def trace_of_root(first: Tensor, second: Tensor) -> Tensor:
     """Return Tr (S1 S2)^(1/2) of symmetric positive semi-definite matrices [d, d], float64.
 
-    With S = V diag(l) V^T and L = V sqrt(l): S1 = L1 L1^T, S2 = L2 L2^T, and the result is the nuclear norm of L1^T L2, whose singular
-    values are exact down to rounding also for singular matrices. Eigenvalues below 0 are rounding and count as 0.
+    The symmetric eigenvalues of L^T S2 L with S1 = L L^T by Cholesky. Where one is singular, or nearly so, the nuclear norm of the product
+    of both factors from symmetric eigenvalues, whose singular values are exact down to rounding. Values below 0 are rounding, counted 0.
     """
-    halves = []
-    for matrix in (first, second):
-        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-        is_used = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
-        halves.append(vectors[:, is_used] * values[is_used].sqrt())
-    return torch.linalg.svdvals(halves[0].T @ halves[1]).sum()
+    first, second = (first + first.T) / 2, (second + second.T) / 2
+    lower = _cholesky(first)
+    if lower is not None and _cholesky(second) is not None:
+        return torch.linalg.eigvalsh(lower.T @ second @ lower).clamp_min(0).sqrt().sum()
+    return nuclear_norm(_root(first).T, _root(second).T)
 
 
-def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+def nuclear_norm(first: Tensor, second: Tensor) -> Tensor:
+    """Return the sum of the singular values of A B^T, A [n, d] and B [m, d]."""
+    return torch.linalg.svdvals(first @ second.T).sum()
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """Return the lower Cholesky factor of a well-conditioned matrix, else None."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    diagonal = lower.diagonal()
+    return None if int(failed) or bool(diagonal.min() < 1e-6 * diagonal.max()) else lower
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Return L [d, r] with L L^T the symmetric matrix, r its rank."""
+    values, vectors = torch.linalg.eigh(matrix)
+    is_used = values > values[-1].clamp(min=0) * len(values) * torch.finfo(torch.float64).eps
+    return vectors[:, is_used] * values[is_used].sqrt()
+
+
+def _trace(a: GaussianStatistics, b: GaussianStatistics, covariances: tuple[Tensor, Tensor], ddof: int) -> Tensor:
+    """Return the trace of the root by the cheapest exact way: from kept samples where there are any."""
+    factors = a.factor(ddof), b.factor(ddof)
+    if factors[0] is None and factors[1] is None:
+        return trace_of_root(*covariances)
+    if factors[0] is not None and factors[1] is not None:
+        return nuclear_norm(factors[0], factors[1])
+    rows, other = (factors[0], covariances[1]) if factors[0] is not None else (factors[1], covariances[0])
+    assert rows is not None
+    lower = _cholesky((other + other.T) / 2)
+    return nuclear_norm(rows, (_root((other + other.T) / 2) if lower is None else lower).T)
+
+
+def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, ddof: int = 1) -> float:
     """Return the squared Frechet distance of two sets of features.
+
+    Args:
+        a, b: their statistics.
+        ddof: covariances are divided by n - ddof.
 
     Raises:
         ValueError: if they come from different features.
@@ -169,6 +265,6 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     Source: Dowson and Landau 1982; Heusel et al. 2017, equation 6.
     """
     _check_comparable(a, b, "compare")
-    (mean_a, covariance_a), (mean_b, covariance_b) = a.compute(), b.compute()
-    spread = covariance_a.trace() + covariance_b.trace() - 2 * trace_of_root(covariance_a, covariance_b)
+    (mean_a, covariance_a), (mean_b, covariance_b) = a.compute(ddof), b.compute(ddof)
+    spread = covariance_a.trace() + covariance_b.trace() - 2 * _trace(a, b, (covariance_a, covariance_b), ddof)
     return float((mean_a - mean_b).square().sum() + spread)

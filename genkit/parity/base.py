@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import pkgutil
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 
 import genkit.parity
 from genkit.parity.compare import TensorCheck, compare
-from genkit.weights import read_safetensors
+from genkit.weights import read_safetensors, safetensors_header
 
 logger = logging.getLogger(__name__)
 Runner = Callable[["Case"], dict[str, Tensor]]
@@ -82,6 +83,22 @@ class Case:
         """Inputs and random draws, on the device, floats in the case's dtype."""
         path = self.dir / "inputs.safetensors"
         return {key: self.place(value) for key, value in read_safetensors(path).items()} if path.is_file() else {}
+
+    @cached_property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the stored outputs, never their values; none where the case has no outputs."""
+        path = self.dir / "outputs.safetensors"
+        return tuple(safetensors_header(path)) if path.is_file() else ()
+
+    def variants(self, pattern: str, default: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """Return the parameters that stand in the names of outputs: the groups of a pattern, once each.
+
+        Args:
+            pattern: regular expression with groups.
+            default: what to compute for a case without stored outputs.
+        """
+        found = {match.groups() for name in self.output_names if (match := re.search(pattern, name))}
+        return sorted(found) if self.output_names else list(default)
 
     def weights(self, shapes: Mapping[str, Sequence[int]] | None = None, rule: WeightRule | None = None) -> dict[str, Tensor]:
         """Return the official state dict of the case, fp32 on the CPU.

@@ -117,7 +117,7 @@ def test_perceptual_and_judging_networks_differ(images: torch.Tensor) -> None:
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"does not fit efficientnet-lite0: .*unexpected: _blocks"):
+    with pytest.raises(ValueError, match=r"efficientnet-lite0 of .*do not fit: .*unexpected: _blocks"):
         FeatureNetwork("efficientnet-lite0", weights=packaged_weights("efficientnet-lite1"))
     state = torch.load(packaged_weights("efficientnet-lite0"), weights_only=True)
     del state["_fc.bias"]

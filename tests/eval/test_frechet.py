@@ -126,3 +126,29 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "wrong.npz", mu=np.zeros(3))
     with pytest.raises(ValueError, match="lacks.*sigma"):
         GaussianStatistics.load(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize(("n", "m"), [(12, 200), (200, 12), (200, 150), (30, 30), (31, 30)])
+def test_kept_samples_and_covariances_give_one_value(n: int, m: int, tmp_path: Path) -> None:
+    x, y = samples(n, 30, 10), samples(m, 30, 11, shift=0.5)
+    a, b = (given(mean.tolist(), covariance, tmp_path) for mean, covariance in (of(x).compute(), of(y).compute()))
+    expected = frechet_distance(a, b)
+    assert frechet_distance(of(x), of(y)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(of(y), of(x)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_dividing_by_n_scales_the_covariances() -> None:
+    x, y = samples(40, 5, 12), samples(40, 5, 13)
+    for features in (x, y):
+        torch.testing.assert_close(of(features).compute(ddof=0)[1] * 40 / 39, of(features).compute()[1], rtol=1e-12, atol=1e-12)
+    means = float((x.mean(0) - y.mean(0)).square().sum())
+    expected = (frechet_distance(of(x), of(y)) - means) * 39 / 40 + means
+    assert frechet_distance(of(x), of(y), ddof=0) == pytest.approx(expected, rel=1e-10)
+
+
+def test_rotation_and_scale_laws() -> None:
+    x, y = samples(50, 8, 14), samples(60, 8, 15, shift=1.0)
+    turn = torch.linalg.qr(samples(8, 8, 16))[0]
+    distance = frechet_distance(of(x), of(y))
+    assert frechet_distance(of(x @ turn), of(y @ turn)) == pytest.approx(distance, rel=1e-9)
+    assert frechet_distance(of(3 * x), of(3 * y)) == pytest.approx(9 * distance, rel=1e-9)
