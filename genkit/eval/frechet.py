@@ -14,6 +14,7 @@ Letters: n samples, d features.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,14 +131,24 @@ class GaussianStatistics:
         if self.count < 2:
             raise RuntimeError(f"GaussianStatistics.compute: a covariance needs at least 2 samples, got {self.count}; call update first.")
 
-    def save(self, path: str | Path) -> None:
-        """Write an `.npz` with `mu`, `sigma` (as pytorch-fid and others read them), `count` and `source`; whole or not at all."""
+    def save(self, path: str | Path, **notes: str) -> None:
+        """Write an `.npz` with `mu`, `sigma` (as pytorch-fid and others read them), `count` and `source`; whole or not at all.
+
+        Args:
+            path: file to write.
+            **notes: further texts to keep, such as protocol and data.
+
+        Raises:
+            ValueError: if the name does not end in .npz.
+        """
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"GaussianStatistics.save: the file name must end in .npz, got {path.name!r}.")
         mean, covariance = self.compute()
         with atomic_write(path) as file:
-            np.savez(file, mu=mean.numpy(), sigma=covariance.numpy(), count=np.int64(self.count), source=np.str_(self.source))
+            arrays: dict[str, Any] = {"mu": mean.numpy(), "sigma": covariance.numpy(), "count": np.int64(self.count)}
+            arrays |= {key: np.str_(value) for key, value in {"source": self.source, **notes}.items()}
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> GaussianStatistics:
@@ -155,10 +166,19 @@ class GaussianStatistics:
             source = str(file["source"]) if "source" in file else ""
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"{path}: expected mu [d] and sigma [d, d], got {list(mean.shape)} and {list(covariance.shape)}.")
-        return _Loaded(mean, covariance, source) if not count else cls._restore(mean, covariance, count, source)
+        return cls.of_moments(mean, covariance, count, source)
 
     @classmethod
-    def _restore(cls, mean: Tensor, covariance: Tensor, count: int, source: str) -> GaussianStatistics:
+    def of_moments(cls, mean: Tensor, covariance: Tensor, count: int = 0, source: str = "") -> GaussianStatistics:
+        """Return statistics with a given mean [d] and sample covariance [d, d].
+
+        Args:
+            mean, covariance: float64.
+            count: samples behind them; 0 if unknown, then no samples can be added and ddof is what the file's author chose.
+            source: what the features are.
+        """
+        if not count:
+            return _Loaded(mean, covariance, source)
         stats = cls(len(mean), source)
         stats.count, stats._mean, stats._scatter, stats._rows = count, mean, covariance * (count - 1), None
         return stats
