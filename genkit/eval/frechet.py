@@ -112,8 +112,18 @@ class GaussianStatistics:
         self._check_count()
         if self._rows is None:
             return self._mean.clone(), self._scatter / (self.count - ddof)
-        _, mean, scatter = _moments(torch.cat(self._rows))
-        return mean, scatter / (self.count - ddof)
+        factor = self.factor(ddof)
+        assert factor is not None
+        return self.mean(), factor.T @ factor
+
+    def mean(self) -> Tensor:
+        """Return the mean [d]."""
+        return self._mean.clone() if self._rows is None else torch.cat(self._rows).mean(0)
+
+    def trace(self, ddof: int = 1) -> Tensor:
+        """Return the trace of the covariance."""
+        factor = self.factor(ddof)
+        return self._scatter.trace() / (self.count - ddof) if factor is None else factor.square().sum()
 
     def factor(self, ddof: int = 1) -> Tensor | None:
         """Return A [n, d] with A^T A the covariance: the centred samples, scaled; None where they are not kept.
@@ -189,7 +199,7 @@ class _Loaded(GaussianStatistics):
 
     def __init__(self, mean: Tensor, covariance: Tensor, source: str) -> None:
         super().__init__(len(mean), source)
-        self._mean, self._covariance = mean, covariance
+        self._mean, self._covariance, self._rows = mean, covariance, None
 
     def _collapse(self) -> None:
         raise RuntimeError("these statistics were loaded from a file without 'count' and cannot take more samples.")
@@ -202,9 +212,16 @@ class _Loaded(GaussianStatistics):
         """Refuse: the number of samples is not known."""
         self._collapse()
 
+    def _check_count(self) -> None:
+        """Nothing to check."""
+
     def compute(self, ddof: int = 1) -> tuple[Tensor, Tensor]:
         """Return the mean and covariance of the file, whatever it was divided by."""
         return self._mean.clone(), self._covariance.clone()
+
+    def trace(self, ddof: int = 1) -> Tensor:
+        """Return the trace of the file's covariance."""
+        return self._covariance.trace()
 
     def factor(self, ddof: int = 1) -> Tensor | None:
         """Return None: there are no samples."""
@@ -258,17 +275,19 @@ def _root(matrix: Tensor) -> Tensor:
     return vectors[:, is_used] * values[is_used].sqrt()
 
 
-def _trace(a: GaussianStatistics, b: GaussianStatistics, covariances: tuple[Tensor, Tensor], ddof: int) -> Tensor:
+def _trace_of_root(a: GaussianStatistics, b: GaussianStatistics, ddof: int) -> Tensor:
     """Return the trace of the root by the cheapest exact way: from kept samples where there are any."""
     factors = a.factor(ddof), b.factor(ddof)
-    if factors[0] is None and factors[1] is None:
-        return trace_of_root(*covariances)
     if factors[0] is not None and factors[1] is not None:
         return nuclear_norm(factors[0], factors[1])
-    rows, other = (factors[0], covariances[1]) if factors[0] is not None else (factors[1], covariances[0])
+    if factors[0] is None and factors[1] is None:
+        return trace_of_root(a.compute(ddof)[1], b.compute(ddof)[1])
+    rows, other = (factors[0], b) if factors[0] is not None else (factors[1], a)
     assert rows is not None
-    lower = _cholesky((other + other.T) / 2)
-    return nuclear_norm(rows, (_root((other + other.T) / 2) if lower is None else lower).T)
+    covariance = other.compute(ddof)[1]
+    covariance = (covariance + covariance.T) / 2
+    lower = _cholesky(covariance)
+    return nuclear_norm(rows, (_root(covariance) if lower is None else lower).T)
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, ddof: int = 1) -> float:
@@ -285,6 +304,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics, ddof: int = 1
     Source: Dowson and Landau 1982; Heusel et al. 2017, equation 6.
     """
     _check_comparable(a, b, "compare")
-    (mean_a, covariance_a), (mean_b, covariance_b) = a.compute(ddof), b.compute(ddof)
-    spread = covariance_a.trace() + covariance_b.trace() - 2 * _trace(a, b, (covariance_a, covariance_b), ddof)
-    return float((mean_a - mean_b).square().sum() + spread)
+    a._check_count()
+    b._check_count()
+    spread = a.trace(ddof) + b.trace(ddof) - 2 * _trace_of_root(a, b, ddof)
+    return float((a.mean() - b.mean()).square().sum() + spread)

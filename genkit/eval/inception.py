@@ -35,6 +35,12 @@ CHECKSUM = "6726825d"  # first digits of the file's SHA-256, which its name carr
 TAPS = {"64": 64, "192": 192, "spatial": 2023, "768": 768, "2048": 2048, "logits": 1008, "logits_unbiased": 1008}
 
 
+STAGES = (
+    "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
+    "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c",
+)  # fmt: skip
+
+
 class ConvUnit(nn.Module):
     """Convolution without bias, batch norm (epsilon 1e-3), ReLU."""
 
@@ -197,10 +203,17 @@ class InceptionV3(nn.Module):
     def expected(cls) -> dict[str, Tensor]:
         """Return the state dict that the network loads, without values: keys and shapes."""
         with torch.device("meta"):
-            network = cls.__new__(cls)
-            nn.Module.__init__(network)
-            network._build()
-        return network.state_dict()
+            return cls.unfolded().state_dict()
+
+    @classmethod
+    def unfolded(cls, weights: Mapping[str, Tensor] | None = None) -> InceptionV3:
+        """Return the network as published, batch norms apart: to compare with."""
+        network = cls.__new__(cls)
+        nn.Module.__init__(network)
+        network._build()
+        if weights is not None:
+            load_strict(network, weights, "FID Inception network", f"Give the file of the PyTorch port, {FILE}.")
+        return network.train(False)
 
     def train(self, mode: bool = True) -> InceptionV3:
         """Stay in eval mode whatever the surrounding module does."""

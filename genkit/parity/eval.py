@@ -16,6 +16,7 @@ from genkit.eval.distances import neighbour_radii
 from genkit.eval.frechet import GaussianStatistics, frechet_distance
 from genkit.eval.i3d import I3D, STAGES
 from genkit.eval.inception import SIZE, InceptionV3
+from genkit.eval.inception import STAGES as INCEPTION_STAGES
 from genkit.eval.lpips import LPIPS, TRUNKS
 from genkit.eval.reconstruction import ms_ssim_per_image, psnr_per_image, psnr_pooled, squared_errors, ssim_per_image
 from genkit.eval.resize import resize
@@ -59,10 +60,6 @@ VARIANTS = {
     "torch_fidelity": "tf1", "torch_fidelity_fast": "nvidia", "nvidia_jit": "nvidia", "pytorch_fid": "bilinear",
     "legacy_pytorch": "bilinear", "clean": "clean", "torchmetrics_antialias": "antialias", "pil_bilinear_quantized": "pil-bilinear",
 }  # fmt: skip
-INCEPTION_STAGES = (
-    "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
-    "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c",
-)  # fmt: skip
 
 
 def _conv_rule(key: str, z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ Letters: b batch, n tokens of the grid, k masked tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -299,6 +299,14 @@ class ENATTask(Task):
         pipe.set_progress_bar_config(disable=True)
         images = cast("ImageOutput", pipe(prompts, generator=list(range(len(prompts))), output_type="pt")).images
         return {"samples": cast(Tensor, images)}
+
+    def generate(self, indices: Sequence[int], ctx: StepContext) -> Tensor:
+        """Return pictures [len(indices), 3, h, w] of the averaged weights: plain prompts of the training pictures in turn, seed i each."""
+        pipe = self.pipeline(ctx.ema["transformer"])
+        pipe.set_progress_bar_config(disable=True)
+        prompts = [self.prompts[i % len(self.data)][0] for i in indices]
+        images = pipe(prompts, generator=list(indices), output_type="pt", samples_at_once=len(prompts))
+        return cast(Tensor, cast("ImageOutput", images).images)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the pipeline: `out/transformer`, `out/scheduler`, `out/vqvae`, and for text `out/text_encoder` and `out/tokenizer`."""

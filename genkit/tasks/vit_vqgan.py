@@ -11,7 +11,7 @@ The perceptual term compares feature maps of EfficientNet-Lite1 (extra `features
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
@@ -178,6 +178,12 @@ class ViTVQTask(Task):
         x = batch["image"][:16]
         sample = ctx.ema["vqvae"](x, quantize=ctx.step >= self.config.quantize_after).sample
         return {"reconstructions": torch.cat([x, sample.float().clamp(-1, 1)])}
+
+    def generate(self, indices: Sequence[int], ctx: StepContext) -> Tensor:
+        """Return reconstructions [len(indices), 3, h, w] of the training pictures by the averaged weights (rFID and the like)."""
+        pictures = self.dataset()
+        x = torch.stack([pictures[i % len(pictures)]["image"] for i in indices]).to(ctx.device)  # type: ignore[arg-type]
+        return cast(Tensor, ctx.ema["vqvae"](x, quantize=ctx.step >= self.config.quantize_after).sample)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the tokenizer as `out/vqvae`."""

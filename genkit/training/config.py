@@ -9,9 +9,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from genkit.training.evaluation import EvaluationConfig
+
 TRACKERS = ("tensorboard", "wandb")
 # What may differ between a checkpoint and the run that resumes it; every other field decides the trained weights.
-FREE_FIELDS = ("out", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "trackers", "num_workers")
+FREE_FIELDS = (
+    "out", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "evaluate_every", "evaluate", "trackers",
+    "num_workers",
+)  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -39,6 +44,8 @@ class TrainConfig:
         keep_checkpoints: how many to keep.
         log_every: steps between lines of metrics.
         sample_every: steps between sample grids, 0 for none.
+        evaluate_every: steps between evaluations of the averaged weights, 0 for none.
+        evaluate: what they measure.
         trackers: any of tensorboard, wandb; metrics.jsonl is always written.
         num_workers: data loading processes per training process.
 
@@ -62,13 +69,15 @@ class TrainConfig:
     keep_checkpoints: int = 3
     log_every: int = 50
     sample_every: int = 0
+    evaluate_every: int = 0
+    evaluate: EvaluationConfig | None = None
     trackers: tuple[str, ...] = ()
     num_workers: int = 0
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
             _require(key, getattr(self, key), getattr(self, key) >= 1, "at least 1")
-        for key in ("seed", "warmup", "sample_every", "num_workers"):
+        for key in ("seed", "warmup", "sample_every", "evaluate_every", "num_workers"):
             _require(key, getattr(self, key), getattr(self, key) >= 0, "at least 0")
         _require("out", self.out, bool(self.out), "a folder")
         _require("mixed_precision", self.mixed_precision, self.mixed_precision in ("no", "bf16", "fp16"), "no, bf16 or fp16")
@@ -76,6 +85,7 @@ class TrainConfig:
         _require("warmup", self.warmup, self.warmup <= self.steps, f"at most train.steps={self.steps}")
         _require("lr_floor", self.lr_floor, 0 <= self.lr_floor <= 1, "in [0, 1]")
         _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+        _require("evaluate", self.evaluate, not self.evaluate_every or self.evaluate is not None, "given where train.evaluate_every is")
         clip = self.grad_clip
         _require("grad_clip", clip, clip is None or (clip > 0 and math.isfinite(clip)), "above 0, or null for no clipping")
         is_whole = self.batch_size % self.accumulation == 0

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from genkit.checks import choose
-from genkit.training import checkpoint
+from genkit.training import checkpoint, evaluation
 from genkit.training.config import ConfigError, TrainConfig, differences, plain
 from genkit.training.ema import EMA
 from genkit.training.sampler import GlobalBatchSampler, fold_seed
@@ -80,6 +80,8 @@ class Trainer:
 
     def __init__(self, task: Task, config: TrainConfig, resolved: dict[str, Any] | None = None) -> None:
         check_installed(config.trackers)
+        if config.evaluate is not None and config.evaluate_every:
+            evaluation.check(config.evaluate)
         self.task, self.config, self.out = task, config, Path(config.out)
         self.resolved = plain(resolved) if resolved is not None else {"task": task.name, "train": plain(config)}
         self.stop_request, self.stopped_by = StopRequest(), 0
@@ -305,6 +307,9 @@ class Trainer:
         """Show and write what is due after `step` finished steps."""
         config = self.config
         log.advance(step, losses)
+        if config.evaluate is not None and config.evaluate_every and step % config.evaluate_every == 0:
+            with torch.no_grad():
+                metrics |= evaluation.measure(self.task, self.raw, config.evaluate, self._context(step, 0))
         if metrics:
             names = {name: "loss" if len(losses) == 1 else f"loss/{name}" for name in losses}
             log.write(step, {**{names[name]: value for name, value in losses.items()}, **metrics})

@@ -133,6 +133,17 @@ class Task(ABC):
         """Return pictures to look at, name -> [n, 3, h, w] in [-1, 1]; the batch is the same small one each time."""
         return {}
 
+    def generate(self, indices: Sequence[int], ctx: StepContext) -> Tensor:
+        """Return what the averaged weights make, to be judged: picture i of an endless, fixed series for each index.
+
+        Returns:
+            [len(indices), 3, h, w] in [-1, 1].
+
+        Raises:
+            NotImplementedError: if the task makes no pictures.
+        """
+        raise NotImplementedError(f"task {self.name!r} makes no pictures to evaluate; leave out train.evaluate_every.")
+
     def raw(self, name: str) -> nn.Module:
         """Return a trained module without the wrapper of distributed training."""
         module = self.modules[name]
