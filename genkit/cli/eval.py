@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.checks import choose
+from genkit.cli._eval_others import OTHERS, add_other_arguments, run_other
 from genkit.cli._output import add_json, positive, print_json, print_table
 
 if TYPE_CHECKING:
@@ -19,18 +20,23 @@ if TYPE_CHECKING:
     from genkit.eval.pictures import Source
     from genkit.eval.protocols import Protocol
 
-HELP = "measure generated pictures: fid, kid, precision-recall, ...; report, statistics, explain, protocols"
+HELP = "measure pictures, reconstructions, clips and meshes: fid, kid, ..., report, statistics, explain, protocols"
 
 METRICS = ("fid", "fid-infinity", "sfid", "is", "kid", "precision-recall", "density-coverage", "memorisation", "vendi")
 WITHOUT_REAL = ("is", "vendi")
-ACTIONS = (*METRICS, "report", "statistics", "explain", "protocols")
+ACTIONS = (*METRICS, "report", "statistics", "explain", "protocols", *OTHERS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("action", metavar="ACTION", help=f"a metric ({', '.join(METRICS)}), or report, statistics, explain, protocols")
-    add("inputs", nargs="*", metavar="INPUT", help="REAL FAKE (is, vendi: FAKE); statistics: SOURCE OUT.npz; explain: A.json B.json")
+    add("action", metavar="ACTION", help=f"a metric ({', '.join(METRICS)}), {', '.join(OTHERS)}, report, statistics, explain, protocols")
+    add(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="REAL FAKE (is, vendi, clip-score: FAKE); statistics: SOURCE OUT.npz; explain: A.json B.json",
+    )
     add("--protocol", default="torch-fidelity", help="whose choices to make, see `genkit eval protocols` (default: %(default)s)")
     add("--weights", type=Path, metavar="FILE", help="the FID Inception network's checkpoint (default: fetched once, checksum verified)")
     add("--network", help="efficientnet-lite0: the packaged network instead of Inception; its distance is not FID")
@@ -49,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     add("--cache", metavar="DIR", help="folder of the feature cache; '' for none (default: the user's cache folder)")
     add("--no-ci", action="store_true", help="no confidence intervals: faster")
+    add_other_arguments(parser)
     add("--html", type=Path, metavar="FILE", help="report: also write a page with pictures, neighbours, classes and a plot")
     add_json(parser)
 
@@ -62,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         return explain(args)
     if args.action == "statistics":
         return write_statistics(args)
+    if args.action in OTHERS:
+        return run_other(args)
     return measure(args)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Protocol_
 
 import numpy as np
 import torch
@@ -36,6 +37,20 @@ from genkit.paths import cache_dir, whole_folder
 from genkit.weights import read_checkpoint
 
 Progress = Callable[[int, int, float], None]
+
+
+class FeatureExtractor(Protocol_):
+    """What `extract` asks of a network: its choices, layers and widths, names for the cache, and features of pictures."""
+
+    protocol: Protocol
+    taps: dict[str, int]
+    weights: str
+
+    def source(self, tap: str) -> str:
+        """Return what features of a layer are."""
+
+    def __call__(self, pictures: Sequence[np.ndarray[Any, Any]], taps: Iterable[str]) -> dict[str, Tensor]:
+        """Compute features of pictures [h, w, 3] uint8: each tap [b, d] float32 on the CPU."""
 
 
 class Extractor:
@@ -178,7 +193,7 @@ def default_workers() -> int:
 
 def extract(
     source: Source,
-    extractor: Extractor,
+    extractor: FeatureExtractor,
     taps: Sequence[str],
     *,
     batch_size: int = 64,
@@ -227,7 +242,7 @@ def extract(
     return found
 
 
-def _folder(source: Source, extractor: Extractor, skip_bad: bool, cache: str | Path | None) -> Path:
+def _folder(source: Source, extractor: FeatureExtractor, skip_bad: bool, cache: str | Path | None) -> Path:
     """Return where the features of a source lie."""
     if cache == "":
         root = _temporary_root()
@@ -249,7 +264,7 @@ def _temporary_root() -> Path:
     return Path(_kept_until_exit[0].name)
 
 
-def _load(folder: Path, taps: Sequence[str], source: Source, extractor: Extractor) -> FeatureSet | None:
+def _load(folder: Path, taps: Sequence[str], source: Source, extractor: FeatureExtractor) -> FeatureSet | None:
     """Map the feature files that are there."""
     meta = folder / "meta.json"
     if not meta.is_file():
@@ -264,7 +279,7 @@ class _Job:
     """One pass over a source."""
 
     def __init__(
-        self, source: Source, extractor: Extractor, taps: Sequence[str], batch_size: int, workers: int, rank: int, world: int
+        self, source: Source, extractor: FeatureExtractor, taps: Sequence[str], batch_size: int, workers: int, rank: int, world: int
     ) -> None:
         self.source, self.extractor, self.taps, self.workers = source, extractor, taps, workers
         self.rank, self.world, self.count = rank, world, len(source)

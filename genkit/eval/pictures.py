@@ -222,7 +222,7 @@ class ArraySource(Source):
 
     def __init__(self, path: Path) -> None:
         self.name, self.path = str(path), path
-        self.array, self.labels = _open_array(path)
+        self.array, self.labels = open_array(path)
         shape, dtype = self.array.shape, self.array.dtype
         if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
             raise ValueError(f"{str(path)!r}: pictures must be uint8 [n, h, w, 3], got {dtype} {list(shape)}.")
@@ -241,7 +241,7 @@ class ArraySource(Source):
         return Picture(np.array(self.array[index]), f"{self.path.name}[{index}]", label)
 
 
-def _open_array(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+def open_array(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
     """Return the pictures of a numpy file, memory-mapped if possible, and their labels (`arr_1`) if it has some."""
     try:
         if path.suffix == ".npy":
