@@ -301,10 +301,11 @@ class ENATTask(Task):
         return {"samples": cast(Tensor, images)}
 
     def generate(self, indices: Sequence[int], ctx: StepContext) -> Tensor:
-        """Return pictures [len(indices), 3, h, w] of the averaged weights: plain prompts of the training pictures in turn, seed i each."""
+        """Return pictures [len(indices), 3, h, w] of the averaged weights: the distinct plain prompts in turn, seed i each."""
         pipe = self.pipeline(ctx.ema["transformer"])
         pipe.set_progress_bar_config(disable=True)
-        prompts = [self.prompts[i % len(self.data)][0] for i in indices]
+        plain = list(dict.fromkeys(row[0] for row in self.prompts))
+        prompts = [plain[i % len(plain)] for i in indices]
         images = pipe(prompts, generator=list(indices), output_type="pt", samples_at_once=len(prompts))
         return cast(Tensor, cast("ImageOutput", images).images)
 

@@ -214,7 +214,8 @@ def test_training_learns_samples_and_exports_a_pipeline(folders: Path, tmp_path:
     from genkit.pipelines.enat import ENATPipeline
 
     sampling = enat.SamplingConfig(num_inference_steps=2, prompts=("chest gold",))
-    task = build(folders, text, sampling=sampling, lr=3e-3, export_dtype="float16" if text else "float32")
+    options: dict[str, Any] = {"export_dtype": "float16", "optimizer": "muon"} if text else {"export_dtype": "float32"}
+    task = build(folders, text, sampling=sampling, lr=3e-3, **options)
     config = TrainConfig(str(tmp_path / "run"), steps=4, batch_size=4, mixed_precision=precision, sample_every=4, log_every=1)
     result = Trainer(task, config).run()
     assert result.step == 4
@@ -240,6 +241,14 @@ def test_training_learns_samples_and_exports_a_pipeline(folders: Path, tmp_path:
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         enat.Config(vqvae="vqvae", **options)
+
+
+def test_pictures_to_judge_belong_to_their_index(folders: Path) -> None:
+    task = build(folders, text=True, sampling=enat.SamplingConfig(num_inference_steps=2))
+    ctx = StepContext(0, 5, CPU, {"transformer": task.modules["transformer"].eval()})
+    pictures = task.generate([0, 1, 2], ctx)
+    assert pictures.shape == (3, 3, 8, 8)
+    assert_close(task.generate([2], ctx), pictures[2:], rtol=1e-4, atol=1e-4)
 
 
 def test_chosen_views_are_the_only_ones_learned_from(folders: Path) -> None:

@@ -82,6 +82,15 @@ def test_training_exports_a_tokenizer_and_resumes_across_the_start_of_quantizati
     assert all(line["psnr"] > 0 for line in lines)
 
 
+def test_pictures_to_judge_are_reconstructions(data: str) -> None:
+    task = vit_vqgan.build(config(data))
+    average = task.modules["vqvae"].eval()
+    pictures = task.generate([0, 1], StepContext(10, 0, torch.device("cpu"), {"vqvae": average}))
+    with torch.no_grad():
+        expected = average(torch.stack([task.dataset()[i]["image"] for i in (0, 1)])).sample
+    torch.testing.assert_close(pictures.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_impossible_settings_name_their_key(data: str) -> None:
     with pytest.raises(ValueError, match="l1_weight"):
         config(data, l1_weight=-1.0)
