@@ -187,7 +187,7 @@ def test_readme_opens_with_the_two_commands() -> None:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = [re.sub(r"\s+", " ", line).strip() for line in blocks[0].splitlines() if line.strip()]
     assert lines == [
-        "pip install -c constraints.txt -e . && genkit doctor",
+        'pip install -c constraints.txt -e . && genkit generate "a treasure chest" --num-images 4',
         "pip install -c constraints.txt -e '.[test]' && pytest",
     ]
 
