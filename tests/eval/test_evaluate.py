@@ -318,7 +318,7 @@ def test_command_prints_one_json_object(data: Path, capsys: pytest.CaptureFixtur
     ("words", "message"),
     [
         (["fid", "only-one"], "takes REAL FAKE, got 1: only-one"),
-        (["fdi", "a", "b"], "Did you mean 'fid'"),
+        (["precision-recal", "a", "b"], "Did you mean 'precision-recall'"),
         (["fid", "none-1", "none-2", "--network", "efficientnet-lite0"], "'none-1' does not exist"),
         (["fid", "a", "b", "--protocol", "pytorchfid"], "Did you mean 'pytorch-fid'"),
         (["fid", "a", "b", "--html", "x.html"], "--html goes with"),
