@@ -45,6 +45,17 @@ def add_other_arguments(parser: argparse.ArgumentParser) -> None:
     add("--points", type=positive, default=10_000, metavar="N", help="mesh: points sampled on each (default: %(default)s)")
 
 
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not blank.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: {str(path)!r} does not exist; give a text file with one prompt per line.")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def run_other(args: argparse.Namespace) -> int:
     """Check the inputs and do what is asked for."""
     wanted = INPUTS[args.action]
@@ -80,7 +91,7 @@ def run_clip(args: argparse.Namespace) -> int:
     else:
         texts = [label.replace("_", " ") for label in features[0].labels]
         if args.prompts is not None:
-            texts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts = read_prompts(args.prompts)
         result = clip.clip_score(features[0], texts, extractor)
     print_json(result.to_dict()) if args.json else print(result)
     return 0

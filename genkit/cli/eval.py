@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.checks import choose
-from genkit.cli._eval_others import OTHERS, add_other_arguments, run_other
+from genkit.cli._eval_others import OTHERS, add_other_arguments, read_prompts, run_other
 from genkit.cli._output import add_json, positive, print_json, print_table
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT",
         help="REAL FAKE (is, vendi, clip-score: FAKE); statistics: SOURCE OUT.npz; explain: A.json B.json",
     )
-    add("--protocol", default="torch-fidelity", help="whose choices to make, see `genkit eval protocols` (default: %(default)s)")
+    add("--protocol", help="whose choices to make, see `genkit eval protocols` (default: torch-fidelity)")
     add("--weights", type=Path, metavar="FILE", help="the FID Inception network's checkpoint (default: fetched once, checksum verified)")
     add("--network", help="efficientnet-lite0: the packaged network instead of Inception; its distance is not FID")
     add("--size", type=positive, metavar="PIXELS", help="another input size of the network than the protocol's")
@@ -134,10 +134,12 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     from genkit.eval.protocols import PROTOCOLS, get_protocol
 
     if args.network is not None:
+        if args.protocol not in (None, "lite0"):
+            raise ValueError(f"--network {args.network} has choices of its own; leave out --protocol {args.protocol}.")
         lite = PROTOCOLS["lite0"]
         choose(args.network, (lite.network,), "network")
         return lite.change(size=args.size)
-    return get_protocol(args.protocol, size=args.size)
+    return get_protocol(args.protocol or "torch-fidelity", size=args.size)
 
 
 def open_fake(args: argparse.Namespace, path: str | None, protocol: Protocol) -> Source:
@@ -150,9 +152,7 @@ def open_fake(args: argparse.Namespace, path: str | None, protocol: Protocol) ->
     check_model(args.pipeline)
     prompts = None
     if args.prompts is not None:
-        if not args.prompts.is_file():
-            raise FileNotFoundError(f"--prompts: {str(args.prompts)!r} does not exist; give a text file with one prompt per line.")
-        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = read_prompts(args.prompts)
     from genkit.pipelines.base import GenPipeline
 
     pipe = GenPipeline.from_pretrained(args.pipeline, device=pick_device(args.device))
@@ -169,6 +169,8 @@ def measure(args: argparse.Namespace) -> int:
     paths = _expect(args, names)
     if args.html is not None and args.action != "report":
         raise ValueError("--html goes with `genkit eval report`.")
+    if args.html is not None and not args.html.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--html: there is no folder {str(args.html.absolute().parent)!r}; make it first.")
     from genkit.eval.evaluate import evaluate
     from genkit.eval.metrics import METRICS as KNOWN
     from genkit.eval.metrics import REPORT

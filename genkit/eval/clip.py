@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genkit.eval import kernels, similarity
 from genkit.eval.extract import FeatureSet
-from genkit.eval.metrics import GROUPS, NORMAL, QUANTILE, Result
+from genkit.eval.metrics import GROUPS, NORMAL, QUANTILE, Result, jackknife_rows
 from genkit.eval.protocols import Protocol
 from genkit.eval.resize import resize
 
@@ -85,9 +85,7 @@ def cmmd(real: FeatureSet, fake: FeatureSet, extractor: ClipExtractor, intervals
     x, y = real.tensor("image")[:MOST], fake.tensor("image")[:MOST]
     value, interval = kernels.cmmd(x, y), None
     if intervals and len(y) >= 2 * GROUPS:
-        place = torch.arange(len(y)) % GROUPS
-        values = np.array([kernels.cmmd(x, y[place != g]) for g in range(GROUPS)])
-        reach = QUANTILE * math.sqrt((GROUPS - 1) / GROUPS * ((values - values.mean()) ** 2).sum())
+        reach = QUANTILE * math.sqrt(jackknife_rows(y, lambda rest: kernels.cmmd(x, rest)))
         interval = (value - reach, value + reach)
     notes = (f"the first {MOST:,} samples of each set",) if max(len(real), len(fake)) > MOST else ()
     return Result("cmmd", value, interval, extractor.protocol, len(real), len(fake), real.source, fake.source, extractor.weights, notes)

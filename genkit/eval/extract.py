@@ -137,12 +137,6 @@ class FeatureSet:
         """Return a layer [n, d] as a tensor over the mapped file; what is written to it does not reach the file."""
         return torch.from_numpy(np.asarray(self.arrays[tap]))
 
-    def chunks(self, tap: str, size: int = 4096) -> Iterator[Tensor]:
-        """Yield a layer in pieces [size, d]."""
-        array = self.arrays[tap]
-        for start in range(0, len(array), size):
-            yield torch.from_numpy(np.array(array[start : start + size]))
-
 
 class _Reader(Dataset[tuple[int, "Picture | None", str]]):
     """Map-style wrapper whose items never raise: (index, picture or None, reason)."""
@@ -221,6 +215,8 @@ def extract(
         choose(tap, extractor.taps, f"layer of {extractor.protocol.network}:")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}.")
     rank, world = _processes()
     folder = _folder(source, extractor, skip_bad, cache)
     found = _load(folder, taps, source, extractor) if rank == 0 else None

@@ -172,7 +172,8 @@ def _sample_warnings(data: Data, tap: str, real: GaussianStatistics, fake: Gauss
         half = statistics_of(data.fake, tap, slice(0, None, 2)) if len(data.fake) >= 4 else None
         bias = frechet_distance(real, half, data.protocol.ddof) - value if half is not None else math.nan
         rank = f", fewer than the {fake.dim} features (the covariance is singular)" if len(data.fake) <= fake.dim else ""
-        found.append(f"{len(data.fake)} generated samples{rank}: biased upwards by about {bias:.3g}; 50,000 are usual")
+        size = f" by about {bias:.3g}" if bias > 0 else ""
+        found.append(f"{len(data.fake)} generated samples{rank}: biased upwards{size}; 50,000 are usual")
     if real.count and real.count <= real.dim:
         found.append(f"{real.count} real samples are fewer than the {real.dim} features: the reference covariance is singular")
     return found

@@ -1,4 +1,4 @@
-"""Originals against reconstructions, file by file: PSNR, SSIM, MS-SSIM, LPIPS of pictures, and the same per frame of clips."""
+"""Originals against reconstructions, file by file: PSNR, SSIM, MS-SSIM, LPIPS."""
 
 from __future__ import annotations
 

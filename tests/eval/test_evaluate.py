@@ -322,6 +322,8 @@ def test_command_prints_one_json_object(data: Path, capsys: pytest.CaptureFixtur
         (["fid", "none-1", "none-2", "--network", "efficientnet-lite0"], "'none-1' does not exist"),
         (["fid", "a", "b", "--protocol", "pytorchfid"], "Did you mean 'pytorch-fid'"),
         (["fid", "a", "b", "--html", "x.html"], "--html goes with"),
+        (["report", "a", "b", "--html", "no-such-folder/x.html"], "--html: there is no folder"),
+        (["fid", ".", ".", "--network", "efficientnet-lite0", "--protocol", "adm"], "leave out --protocol adm"),
         (["explain", "a", "b"], "'a' does not exist"),
     ],
 )
