@@ -5,8 +5,8 @@
     python eval/benchmark.py enat --device cuda --dtype bfloat16 --batch_size 64 --compiled true
     python eval/benchmark.py search --threads 1                     # nearest of 262,144 codes for 4,096 tokens of width 128
     python eval/benchmark.py attend --threads 1                     # fused attention kernel against the written-out softmax
-    python eval/benchmark.py frechet --threads 1                    # Frechet distance against scipy's matrix root; also --samples 500
-    python eval/benchmark.py inception --threads 1                  # FID features against the plain fp32 loop
+    OMP_NUM_THREADS=1 python eval/benchmark.py frechet --threads 1  # Frechet distance against scipy's matrix root; also --samples 500
+    python eval/benchmark.py inception --threads 1                  # FID features against the plain fp32 loop; --files 64 with decoding
 
 Prints the machine, threads, dtype, and of each way the median and the spread. The tokens of both ways must be equal in float32.
 """
@@ -14,6 +14,7 @@ Prints the machine, threads, dtype, and of each way the median and the spread. T
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,9 +22,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
+from PIL import Image
 from torch import Tensor
 
 from genkit.blocks.attend import attend as attend_heads
@@ -31,8 +34,10 @@ from genkit.blocks.attention import Attention
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.fast_linear import is_worthwhile, with_fast_linear
 from genkit.blocks.modulation import modulate
+from genkit.eval.extract import read_batches
 from genkit.eval.frechet import GaussianStatistics, frechet_distance
 from genkit.eval.inception import SIZE, STAGES, InceptionV3
+from genkit.eval.pictures import Picture, open_source
 from genkit.eval.resize import resize
 from genkit.generators.enat import ENATTransformer2DModel
 from genkit.pipelines.enat import ENATPipeline
@@ -350,7 +355,6 @@ def frechet(dim: int = 2048, samples: int = 5000, threads: int = 0, repeats: int
         threads: CPU threads; 0 leaves PyTorch's choice.
         repeats: timed runs of each way.
     """
-    import numpy as np
     import scipy.linalg
 
     if threads:
@@ -382,13 +386,17 @@ def frechet(dim: int = 2048, samples: int = 5000, threads: int = 0, repeats: int
     print(f"genkit {ours:.9g}, relative difference to scipy {abs(ours - exact) / exact:.1g}")
 
 
-def inception(batch: int = 16, side: int = 256, device: str = "cpu", threads: int = 0, repeats: int = 3) -> None:
+def inception(
+    batch: int = 16, side: int = 256, files: int = 0, workers: int = 1, device: str = "cpu", threads: int = 0, repeats: int = 3
+) -> None:
     """Time pooled FID features of 8-bit pictures: batch norm and convolution apart, NCHW, resize by indexing, against ours, in fp32.
 
     The weights are random: they do not change the speed.
 
     Args:
         batch: pictures at once.
+        files: write that many PNG files and read them in both ways, ours in workers; 0 times the features of one batch in memory.
+        workers: of our way.
         side: of the pictures, in pixels.
         device: cpu, cuda or mps.
         threads: CPU threads; 0 leaves PyTorch's choice.
@@ -415,19 +423,38 @@ def inception(batch: int = 16, side: int = 256, device: str = "cpu", threads: in
         return x[..., low, :] + (x[..., high, :] - x[..., low, :]) * weight[:, None]
 
     @torch.inference_mode()
-    def plain_features() -> Tensor:
+    def plain_features(pictures: Tensor = pictures) -> Tensor:
         x = (resize_by_indexing(pictures.float()) - 128) / 128
         for stage in STAGES:
             x = plain.get_submodule(stage)(x)
         return x.mean((2, 3))
 
     @torch.inference_mode()
-    def features() -> Tensor:
+    def features(pictures: Tensor = pictures) -> Tensor:
         return ours((resize(pictures, SIZE, "tf1") - 128) / 128)["2048"]
 
     print(machine(device))
-    print(f"FID Inception features, {batch} pictures of {side}x{side}, float32, {device}")
-    report(timed({"plain loop": plain_features, "genkit": features}, repeats, device), batch, "pictures")
+    print(f"FID Inception features, {files or batch} pictures of {side}x{side}, float32, {device}")
+    if not files:
+        report(timed({"plain loop": plain_features, "genkit": features}, repeats, device), batch, "pictures")
+        return
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(files):  # smooth pictures: noise would make decoding slower than real ones are
+            coarse = Image.fromarray(rng.integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8))
+            coarse.resize((side, side), Image.Resampling.BICUBIC).save(Path(folder) / f"{i:05d}.png")
+        source = open_source(folder)
+        indices = [range(i, min(i + batch, files)) for i in range(0, files, batch)]
+
+        def over_files(compute: Callable[[Tensor], Tensor], processes: int) -> Tensor:
+            parts = []
+            for items in read_batches(source, indices, processes):
+                stacked = torch.from_numpy(np.stack([cast(Picture, picture).pixels for _, picture, _ in items]))
+                parts.append(compute(stacked.permute(0, 3, 1, 2).to(device)))
+            return torch.cat(parts)
+
+        ways = {"plain loop": lambda: over_files(plain_features, 0), "genkit": lambda: over_files(features, workers)}
+        report(timed(ways, repeats, device), files, "pictures")
 
 
 if __name__ == "__main__":

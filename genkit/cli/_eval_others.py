@@ -118,27 +118,40 @@ def load_lpips(args: argparse.Namespace) -> LPIPS:
 
 
 def run_fvd(args: argparse.Namespace) -> int:
-    """Compute the Frechet video distance."""
-    if args.i3d is None:
-        raise ValueError("genkit eval fvd needs --i3d FILE, the weights of I3D (i3d_pretrained_400.pt).")
+    """Compute the Frechet video distance, or with --network a Frechet distance of clips on a picture network's features."""
+    if (args.i3d is None) == (args.network is None):
+        raise ValueError(
+            "genkit eval fvd needs --i3d FILE, the weights of I3D (i3d_pretrained_400.pt), or --network efficientnet-lite0 for a "
+            "distance on features of frames, which is not FVD; give one of them."
+        )
     from genkit.cli._models import pick_device
-    from genkit.eval.clips import Clips, frechet_video_distance
+    from genkit.eval.clips import ClipFeatures, Clips, FrameFeatures, I3DFeatures, frechet_clip_distance
+    from genkit.eval.features import FeatureNetwork
     from genkit.eval.i3d import I3D
     from genkit.eval.video import PREPARATIONS
     from genkit.weights import read_checkpoint
 
     choose(args.video_protocol, PREPARATIONS, "video protocol")
     real, fake = (Clips(path, args.frames, args.stride) for path in args.inputs)
-    network = I3D(read_checkpoint(args.i3d)[0]).to(pick_device(args.device))
-    value = frechet_video_distance(real, fake, network, args.video_protocol)
-    found: dict[str, Any] = {"metric": "fvd", "value": value, "ci": None, "protocol": {"name": args.video_protocol, "frames": args.frames}}
-    found |= {"num_real": len(real), "num_fake": len(fake), "stride": args.stride}
+    device, notes = pick_device(args.device), []
+    if args.i3d is not None:
+        features: ClipFeatures = I3DFeatures(I3D(read_checkpoint(args.i3d)[0]).to(device), args.video_protocol)
+    else:
+        features = FrameFeatures(FeatureNetwork(args.network), device)
+        notes.append("this is a Frechet distance of clips on features of frames, not FVD: comparable with its own kind only")
+    if min(len(real), len(fake)) < 2048:
+        notes.append("2,048 clips of each set are usual; fewer raise the distance")
+    value, ci = frechet_clip_distance(real, fake, features)
+    protocol = {"name": args.video_protocol if args.i3d is not None else args.network, "frames": args.frames, "stride": args.stride}
+    found: dict[str, Any] = {"metric": features.metric, "value": value, "ci": list(ci) if ci else None, "protocol": protocol}
+    found |= {"num_real": len(real), "num_fake": len(fake), "warnings": notes}
     if args.json:
         print_json(found)
     else:
-        print(f"fvd {value:.6g} ({args.video_protocol}, {args.frames} frames; {len(real)} real, {len(fake)} generated)")
-        if min(len(real), len(fake)) < 2048:
-            print("  note: 2,048 clips of each set are usual; fewer raise the distance")
+        interval = f" [{ci[0]:.6g}, {ci[1]:.6g}]" if ci else ""
+        print(f"{features.metric} {value:.6g}{interval} ({features.source(args.frames)}; {len(real)} real, {len(fake)} generated)")
+        for note in notes:
+            print(f"  note: {note}")
     return 0
 
 

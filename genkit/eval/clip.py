@@ -43,8 +43,14 @@ class ClipExtractor:
         from transformers import AutoTokenizer, CLIPModel
 
         self.device = torch.device(device)
-        self.model = CLIPModel.from_pretrained(str(model)).eval().requires_grad_(False).to(self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(str(model))
+        try:
+            self.model = CLIPModel.from_pretrained(str(model)).eval().requires_grad_(False).to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(str(model))
+        except OSError as error:
+            raise OSError(
+                f"the CLIP {str(model)!r} cannot be opened: it is no folder with a CLIP of transformers, nor a hub id that can be reached "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         size = int(self.model.config.vision_config.image_size)
         self.taps, self.weights = {"image": int(self.model.config.projection_dim)}, str(model)
         self.protocol = Protocol("clip", network=f"clip {model}", size=size, resize="pil-bicubic", value_range="unit", tap="image")

@@ -1,4 +1,4 @@
-"""Video clips for evaluation, and the Frechet video distance over them.
+"""Video clips for evaluation, and Frechet distances over them: FVD on I3D's logits, or on the features of a picture network.
 
 Clips come from an array [n, f, h, w, 3] uint8 (`.npy`, `.npz`), from a folder of folders of frames (each a clip, frames by name), or from
 a folder of video files (extra `video`). Every clip gives its first frames, every `stride`-th.
@@ -8,6 +8,7 @@ Letters: n clips, f frames, h w rows and columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.checks import shorten
+from genkit.checks import choose, shorten
 from genkit.data.images import find_pictures
-from genkit.eval.frechet import GaussianStatistics, frechet_distance
+from genkit.eval.features import FeatureNetwork
+from genkit.eval.frechet import GaussianStatistics, frechet_distance, merged
 from genkit.eval.i3d import I3D, LEAST_FRAMES
+from genkit.eval.metrics import GROUPS, QUANTILE, jackknife
 from genkit.eval.pictures import decode, open_array
-from genkit.eval.video import prepare_clips
+from genkit.eval.video import PREPARATIONS, prepare_clips
 
 VIDEOS = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")
 DDOF = {"stylegan-v": 0}  # what a protocol's covariances subtract from n; 1 for the others
@@ -99,35 +102,123 @@ def _video_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
             yield frame.to_ndarray(format="rgb24")
 
 
-@torch.inference_mode()
-def clip_statistics(clips: Clips, network: I3D, protocol: str, batch_size: int = 4) -> GaussianStatistics:
-    """Return the moments of I3D's logits over clips, one batch in memory at a time.
+class ClipFeatures:
+    """A function from clips [b, f, 3, h, w] uint8 to features [b, d], and what its features are.
 
-    Raises:
-        ValueError: if the clips are too short for I3D.
+    Attributes:
+        metric: name of the Frechet distance on these features.
+        ddof: what covariances subtract from n.
+        least_frames: frames that a clip needs.
     """
-    if clips.frames < LEAST_FRAMES:
-        raise ValueError(f"the Frechet video distance needs clips of at least {LEAST_FRAMES} frames, got {clips.frames}.")
-    stats: GaussianStatistics | None = None
-    device = next(network.parameters()).device
-    for start in range(0, len(clips), batch_size):
-        batch = [clips.read(i)[None] for i in range(start, min(start + batch_size, len(clips)))]
-        prepared = torch.cat([prepare_clips(clip, protocol) for clip in batch])
-        logits = network(prepared.to(device)).cpu()
-        stats = stats or GaussianStatistics(logits.shape[1], f"i3d, {protocol}, {clips.frames} frames")
-        stats.update(logits)
-    assert stats is not None
-    return stats
+
+    metric: str
+    ddof = 1
+    least_frames = 1
+
+    def source(self, frames: int) -> str:
+        """Return what the features are: statistics that differ in it cannot be compared."""
+        raise NotImplementedError
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Compute features [b, d] on the CPU."""
+        raise NotImplementedError
 
 
-def frechet_video_distance(real: Clips, fake: Clips, network: I3D, protocol: str = "stylegan-v", batch_size: int = 4) -> float:
-    """Return the Frechet distance of I3D's logits (FVD).
+class I3DFeatures(ClipFeatures):
+    """I3D's logits on clips prepared as a tool does: the features of FVD.
 
     Args:
-        real, fake: clips.
         network: with the published weights.
         protocol: key of `genkit.eval.video.PREPARATIONS`; "stylegan-v" also divides covariances by n.
-        batch_size: clips at a time.
+
+    Raises:
+        ValueError: if the protocol is unknown.
     """
-    a, b = (clip_statistics(clips, network, protocol, batch_size) for clips in (real, fake))
-    return frechet_distance(a, b, DDOF.get(protocol, 1))
+
+    metric, least_frames = "fvd", LEAST_FRAMES
+
+    def __init__(self, network: I3D, protocol: str = "stylegan-v") -> None:
+        choose(protocol, PREPARATIONS, "video protocol")
+        self.network, self.protocol, self.ddof = network, protocol, DDOF.get(protocol, 1)
+        self.device = next(network.parameters()).device
+
+    def source(self, frames: int) -> str:
+        """Return network, protocol and length."""
+        return f"i3d, {self.protocol}, {frames} frames"
+
+    @torch.inference_mode()
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Compute logits [b, 400]."""
+        return self.network(prepare_clips(clips, self.protocol).to(self.device)).cpu()
+
+
+class FrameFeatures(ClipFeatures):
+    """Features of frames by a picture network, pooled over a clip: the mean, which says what is seen, and the mean absolute change from
+    frame to frame, which says how it moves. Our own measure, not FVD.
+
+    Args:
+        network: of pictures.
+        device: where to compute.
+    """
+
+    metric, least_frames = "frechet-clips", 2
+
+    def __init__(self, network: FeatureNetwork, device: str | torch.device = "cpu") -> None:
+        self.network, self.device = network.to(device), torch.device(device)
+
+    def source(self, frames: int) -> str:
+        """Return network, size and length."""
+        return f"{self.network.name}, {self.network.size} px, mean and mean change, {frames} frames"
+
+    @torch.inference_mode()
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Compute features [b, 2 * 1280]."""
+        pictures = clips.flatten(0, 1).to(self.device).float() / 127.5 - 1
+        features = self.network.features(pictures).unflatten(0, clips.shape[:2])
+        return torch.cat([features.mean(1), features.diff(dim=1).abs().mean(1)], dim=1).cpu()
+
+
+def clip_statistics(clips: Clips, features: ClipFeatures, batch_size: int = 4) -> list[GaussianStatistics]:
+    """Return the moments of features over clips, in ten interleaved groups (fewer if there are fewer clips); one batch is in memory.
+
+    Raises:
+        ValueError: if the clips are too short for the features.
+    """
+    if clips.frames < features.least_frames:
+        raise ValueError(f"{features.metric} needs clips of at least {features.least_frames} frames, got {clips.frames}.")
+    groups: list[GaussianStatistics] = []
+    for start in range(0, len(clips), batch_size):
+        indices = range(start, min(start + batch_size, len(clips)))
+        rows = torch.cat([features(clips.read(i)[None]) for i in indices])
+        for i, row in zip(indices, rows, strict=True):
+            if len(groups) < GROUPS:
+                groups.append(GaussianStatistics(rows.shape[1], features.source(clips.frames)))
+            groups[i % GROUPS].update(row[None])
+    return groups
+
+
+def frechet_clip_distance(
+    real: Clips, fake: Clips, features: ClipFeatures, batch_size: int = 4
+) -> tuple[float, tuple[float, float] | None]:
+    """Return the Frechet distance of two sets of clips and its 95 % interval by a jackknife over ten groups.
+
+    Args:
+        real, fake: clips; 20 of each are needed for an interval.
+        features: of clips; `I3DFeatures` makes it FVD.
+        batch_size: clips at a time.
+
+    Raises:
+        ValueError: if the clips are too short for the features.
+        RuntimeError: if a set has fewer than two clips.
+    """
+    sets = [clip_statistics(clips, features, batch_size) for clips in (real, fake)]
+    whole = [merged(groups) for groups in sets]
+    value = frechet_distance(*whole, features.ddof)
+    if min(len(real), len(fake)) < 2 * GROUPS:
+        return value, None
+    variance = sum(
+        jackknife(groups, lambda rest, other=other: frechet_distance(rest, other, features.ddof))  # type: ignore[misc]
+        for groups, other in zip(sets, reversed(whole), strict=True)
+    )
+    reach = QUANTILE * math.sqrt(variance)
+    return value, (value - reach, value + reach)

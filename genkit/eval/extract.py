@@ -170,8 +170,14 @@ def _from_first(value: Any) -> Any:
     return box[0]
 
 
-def _batches(source: Source, indices: Sequence[Sequence[int]], workers: int) -> Iterator[list[tuple[int, Picture | None, str]]]:
-    """Read batches of pictures, in worker processes where the source allows it."""
+def read_batches(source: Source, indices: Sequence[Sequence[int]], workers: int) -> Iterator[list[tuple[int, Picture | None, str]]]:
+    """Yield batches of (index, picture or None, why there is none), read in worker processes where the source allows it.
+
+    Args:
+        source: the pictures.
+        indices: of each batch.
+        workers: processes; 0 reads here.
+    """
     if not source.in_workers:
         for batch in indices:
             yield [(i, picture, "") for i, picture in zip(batch, source.read_many(batch), strict=True)]
@@ -292,7 +298,7 @@ class _Job:
                 shape = (self.count, self.extractor.taps[tap])
                 arrays[tap] = np.lib.format.open_memmap(folder / f".{tap}.all", mode="w+", dtype=np.float32, shape=shape)
         mine = self.batches[self.rank :: self.world]
-        reader = _batches(self.source, mine, self.workers)
+        reader = read_batches(self.source, mine, self.workers)
         done = 0
         for _ in range(-(-len(self.batches) // self.world)):
             rows = self._work(next(reader, []), not self.bad or skip_bad)

@@ -13,6 +13,7 @@ Letters: n samples, d features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,14 @@ class _Loaded(GaussianStatistics):
         return None
 
 
+def merged(parts: Sequence[GaussianStatistics]) -> GaussianStatistics:
+    """Return the statistics of all samples of several parts (at least one)."""
+    whole = GaussianStatistics(parts[0].dim, parts[0].source)
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
 def _check_comparable(a: GaussianStatistics, b: GaussianStatistics, what: str) -> None:
     if a.dim != b.dim or (a.source and b.source and a.source != b.source):
         raise ValueError(
@@ -252,7 +261,7 @@ def trace_of_root(first: Tensor, second: Tensor) -> Tensor:
     first, second = (first + first.T) / 2, (second + second.T) / 2
     lower = _cholesky(first)
     if lower is not None and _cholesky(second) is not None:
-        return torch.linalg.eigvalsh(lower.T @ second @ lower).clamp_min(0).sqrt().sum()
+        return torch.linalg.eigvalsh(_congruent(lower, second)).clamp_min(0).sqrt().sum()
     return nuclear_norm(_root(first).T, _root(second).T)
 
 
@@ -266,6 +275,17 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(matrix)
     diagonal = lower.diagonal()
     return None if int(failed) or bool(diagonal.min() < 1e-6 * diagonal.max()) else lower
+
+
+def _congruent(lower: Tensor, middle: Tensor) -> Tensor:
+    """Return L^T S L, its lower triangle only, by halves: 9/16 of the work, as L is triangular and the product symmetric."""
+    h = len(lower) // 2
+    top, below, corner = lower[:h, :h], lower[h:, :h], lower[h:, h:]
+    left, right = middle[:, :h] @ top + middle[:, h:] @ below, middle[h:, h:] @ corner
+    out = torch.zeros_like(middle)
+    out[:h, :h] = top.T @ left[:h] + below.T @ left[h:]
+    out[h:, :h], out[h:, h:] = corner.T @ left[h:], corner.T @ right
+    return out
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -153,7 +153,11 @@ def _curve(evaluation: Evaluation) -> str:
 
     points = [(*place(s.recall, s.precision), k) for k, s in scores]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
-    dots = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/><text x='{x + 5:.1f}' y='{y - 5:.1f}'>k={k}</text>" for x, y, k in points)
+    dots = "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3'/>" for x, y, _ in points)
+    free: tuple[float, float] | None = None  # where the last name stands: names nearer than 30 pixels would overlap
+    for x, y, k in reversed(points):
+        if free is None or max(abs(x - free[0]), 2 * abs(y - free[1])) > 30:
+            dots, free = f"{dots}<text x='{x + 5:.1f}' y='{y - 5:.1f}'>k={k}</text>", (x, y)
     (left, bottom), (right, top) = place(0, 0), place(1, 1)
     axes = f"<path d='M{left},{top}V{bottom}H{right}' fill='none' stroke='#888'/>"
     ticks = "".join(

@@ -54,6 +54,12 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
+    def averaged(self, x: Tensor) -> Tensor:
+        """Compute a 1x1 unit on the average-pooled input; folded, the pool comes after the convolution, with fewer channels."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            return self(_average_pool(x))
+        return F.relu(_average_pool(self.conv(x)), inplace=True)
+
     def fold(self) -> None:
         """Join convolution and batch norm."""
         assert isinstance(self.bn, nn.BatchNorm2d), "a unit is folded once"
@@ -83,7 +89,7 @@ class BlockA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_average_pool(x))], 1)
+        return torch.cat([self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool.averaged(x)], 1)
 
 
 class BlockB(nn.Module):
@@ -121,7 +127,7 @@ class BlockC(nn.Module):
         single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(_average_pool(x))], 1)
+        return torch.cat([self.branch1x1(x), single, double, self.branch_pool.averaged(x)], 1)
 
 
 class BlockD(nn.Module):
@@ -157,9 +163,9 @@ class BlockE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else _average_pool(x)
+        pooled = self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1)) if self.max_pool else self.branch_pool.averaged(x)
         parts = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        return torch.cat([*parts, self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(pooled)], 1)
+        return torch.cat([*parts, self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), pooled], 1)
 
 
 class InceptionV3(nn.Module):

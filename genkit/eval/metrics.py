@@ -22,7 +22,7 @@ from torch import Tensor
 from genkit.checks import choose
 from genkit.eval import kernels, similarity
 from genkit.eval.extract import FeatureSet
-from genkit.eval.frechet import GaussianStatistics, frechet_distance
+from genkit.eval.frechet import GaussianStatistics, frechet_distance, merged
 from genkit.eval.inception_score import inception_score
 from genkit.eval.manifold import authenticity, manifold_flags
 from genkit.eval.protocols import Protocol
@@ -116,14 +116,7 @@ def statistics_of(features: FeatureSet, tap: str, rows: slice | None = None) -> 
 
 def jackknife(groups: Sequence[GaussianStatistics], value: Callable[[GaussianStatistics], float]) -> float:
     """Return the variance of a function of moments by leaving out each group once."""
-    found = []
-    for left_out in range(len(groups)):
-        rest = GaussianStatistics(groups[0].dim, groups[0].source)
-        for i, group in enumerate(groups):
-            if i != left_out:
-                rest.merge(group)
-        found.append(value(rest))
-    values = np.array(found)
+    values = np.array([value(merged([group for group in groups if group is not left_out])) for left_out in groups])
     return float((len(groups) - 1) / len(groups) * ((values - values.mean()) ** 2).sum())
 
 

@@ -93,6 +93,39 @@ def test_features_do_not_depend_on_batches_or_workers_and_are_kept(data: Path, t
     assert not list(tmp_path.rglob("*.all"))
 
 
+LARGE = """
+import resource, sys
+import numpy as np
+from genkit.eval.extract import Extractor, extract
+from genkit.eval.metrics import Data, compute
+from genkit.eval.pictures import Picture, Source
+from genkit.eval.protocols import get_protocol
+
+class Endless(Source):
+    name = "endless"
+    in_workers = False
+    def __len__(self): return int(sys.argv[1])
+    def read(self, index): return Picture(np.full((512, 512, 3), index % 256, dtype=np.uint8), str(index))
+    def fingerprint(self): return "endless"
+
+protocol = get_protocol("lite0", size=32)
+features = extract(Endless(), Extractor(protocol), ["1280"], batch_size=8, cache="")
+result, = compute(["fid"], Data(protocol, features, features, with_intervals=False))
+print(len(features), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_number_of_pictures() -> None:
+    peaks = []
+    for count in (1400, 2800):  # 1,400 more pictures are 1.1 GB, their features 7 MB; up to 1,280 samples are kept as they are
+        done = subprocess.run([sys.executable, "-c", LARGE, str(count)], capture_output=True, text=True, check=True, cwd=ROOT)
+        found, peak = map(int, done.stdout.split())
+        assert found == count
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 80, f"{peaks} MB"
+
+
 def test_unusable_pictures_are_all_listed_and_left_out_on_request(tmp_path: Path, extractor: Extractor) -> None:
     folder = write(tmp_path / "pictures", 8, 3)
     for name in ("blue/zzz.png", "red/aaa.png"):

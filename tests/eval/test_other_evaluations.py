@@ -170,8 +170,34 @@ def test_fvd_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["value"] > 0
     assert main(["eval", "fvd", str(tmp_path / "a.npy"), str(tmp_path / "a.npy"), *words]) == 0
     assert "2,048 clips" in capsys.readouterr().out
-    assert main(["eval", "fvd", str(tmp_path / "a.npy"), str(tmp_path / "a.npy")]) == 2
+
+
+def moving_squares(path: Path, count: int, seed: int, speed: int) -> Path:
+    """Write clips of coloured squares that move to the right."""
+    rng = np.random.default_rng(seed)
+    clips = np.zeros((count, 4, 32, 32, 3), dtype=np.uint8)
+    for clip_frames in clips:
+        top, colour = rng.integers(0, 20), rng.integers(100, 256, 3)
+        for j, frame in enumerate(clip_frames):
+            frame[top : top + 8, 2 + speed * j : 10 + speed * j] = colour
+    np.save(path, clips)
+    return path
+
+
+def test_clip_distance_on_frame_features_sees_motion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"real": (0, 0), "same": (1, 0), "faster": (1, 6)}
+    paths = {name: str(moving_squares(tmp_path / f"{name}.npy", 24, seed, speed)) for name, (seed, speed) in speeds.items()}
+    found = {}
+    for name in ("same", "faster"):
+        words = ["--network", "efficientnet-lite0", "--frames", "4", "--device", "cpu", "--json"]
+        assert main(["eval", "fvd", paths["real"], paths[name], *words]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+    assert found["same"]["metric"] == "frechet-clips" and "not FVD" in found["same"]["warnings"][0]
+    assert found["faster"]["ci"][0] > found["same"]["value"]
+    assert main(["eval", "fvd", paths["real"], paths["same"]]) == 2
     assert "needs --i3d FILE" in capsys.readouterr().err
+    assert main(["eval", "fvd", paths["real"], paths["same"], "--network", "efficientnet-lite0", "--frames", "1"]) == 2
+    assert "at least 2 frames" in capsys.readouterr().err
 
 
 # ---- meshes ----
