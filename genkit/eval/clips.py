@@ -213,7 +213,7 @@ def frechet_clip_distance(
     """
     sets = [clip_statistics(clips, features, batch_size) for clips in (real, fake)]
     whole = [merged(groups) for groups in sets]
-    value = frechet_distance(*whole, features.ddof)
+    value = frechet_distance(whole[0], whole[1], features.ddof)
     if min(len(real), len(fake)) < 2 * GROUPS:
         return value, None
     variance = sum(
