@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from genkit.catalogue import list_models
+    from genkit.generators.edm import EDMUNet2DModel
     from genkit.generators.enat import ENATState, ENATTransformer2DModel
     from genkit.pipelines.base import GenPipeline
+    from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
+    from genkit.schedulers.edm_heun import EDMHeunScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
     from genkit.tokenizers.vit_vqgan import ViTVQModel
 
@@ -27,24 +30,32 @@ __version__ = "0.1.0"
 # Where each public name is defined. Model folders name components as ["genkit", "ClassName"], so a class that can be saved has to be here.
 # ModelMixin and SchedulerMixin are diffusers' own: its loader looks for them in the library that a component names.
 EXPORTS = {
+    "EDMHeunScheduler": "genkit.schedulers.edm_heun",
+    "EDMPipeline": "genkit.pipelines.edm",
+    "EDMUNet2DModel": "genkit.generators.edm",
     "ENATPipeline": "genkit.pipelines.enat",
     "ENATState": "genkit.generators.enat",
     "ENATTransformer2DModel": "genkit.generators.enat",
     "GenPipeline": "genkit.pipelines.base",
     "MaskedTokenScheduler": "genkit.schedulers.masked_token",
     "ModelMixin": "diffusers",
+    "OneStepPipeline": "genkit.pipelines.edm",
     "SchedulerMixin": "diffusers",
     "ViTVQModel": "genkit.tokenizers.vit_vqgan",
     "list_models": "genkit.catalogue",
 }
 
 __all__ = [
+    "EDMHeunScheduler",
+    "EDMPipeline",
+    "EDMUNet2DModel",
     "ENATPipeline",
     "ENATState",
     "ENATTransformer2DModel",
     "GenPipeline",
     "MaskedTokenScheduler",
     "ModelMixin",
+    "OneStepPipeline",
     "SchedulerMixin",
     "ViTVQModel",
     "__version__",

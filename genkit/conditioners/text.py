@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
@@ -51,3 +52,8 @@ def encode_text(texts: Sequence[str], tokenizer: Any, text_encoder: Any) -> Enco
     mask = batch.attention_mask.to(device)
     output = text_encoder(input_ids=batch.input_ids.to(device), attention_mask=mask)
     return EncodedText(output.last_hidden_state, mask.bool(), output.text_embeds)
+
+
+def condition_vector(pooled: Tensor) -> Tensor:
+    """Return pooled text [b, p] as the condition of networks that take one vector: rows of length 1, as one-hot rows have, fp32."""
+    return F.normalize(pooled.float(), dim=-1)

@@ -62,7 +62,8 @@ def load_with_report(system: str, path: str | Path, **options: Any) -> tuple[nn.
         if option not in accepted:
             raise TypeError(unknown(option, accepted, f"option of the {system} converter"))
     file = _checkpoint_file(Path(path), converter)
-    state, note = read_checkpoint(file)
+    state, note, found = _read(converter, file)
+    options = found | options
     check_finite(state, file)
     try:
         model, report = converter.from_official(state, **options)
@@ -115,10 +116,23 @@ def recognise(path: str | Path) -> tuple[str, Path] | None:
         converter = module(system)
         files = [path] if path.is_file() else [path / name for name in converter.FILES if (path / name).is_file()]
         for file in files:
-            state, _ = read_checkpoint(file)
+            state = _read(converter, file, is_asked=True)[0]
             if converter.recognise({key: tuple(value.shape) for key, value in state.items()}):
                 return system, file
     return None
+
+
+def _read(converter: ModuleType, file: Path, is_asked: bool = False) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Return state dict, note and options of a file, by the converter's own reader where it has one for such files.
+
+    A file that is only asked about, and that the common reader cannot open, is no checkpoint of this system.
+    """
+    own = converter.read(file) if hasattr(converter, "read") else None
+    if own is not None:
+        return own  # type: ignore[no-any-return]
+    if is_asked and file.suffix == ".pkl":
+        return {}, "", {}
+    return (*read_checkpoint(file), {})
 
 
 def _checkpoint_file(path: Path, converter: ModuleType) -> Path:

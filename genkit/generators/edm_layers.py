@@ -18,8 +18,18 @@ Resampling = Literal["up", "down"]
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Return a norm over at most 32 groups of at least 4 channels."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+    """Return a norm over at most 32 groups of at least 4 channels.
+
+    Raises:
+        ValueError: if the channels do not divide into these groups.
+    """
+    groups = min(32, channels // 4)
+    if groups < 1 or channels % groups:
+        raise ValueError(
+            f"EDM network: {channels} channels (of a level, or of two that the decoder joins) do not divide into min(32, channels // 4) = "
+            f"{groups} groups of the norms; choose other model_channels or channel_mult."
+        )
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class Resample(nn.Module):

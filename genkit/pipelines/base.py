@@ -170,6 +170,19 @@ class GenPipeline(DiffusionPipeline):
         return components
 
 
+def samples_at_once_or_default(samples_at_once: int | None, device: torch.device) -> int:
+    """Return how many samples the networks evaluate together: one on a CPU, where bits then do not depend on the batch; all elsewhere.
+
+    Raises:
+        ValueError: for less than 1.
+    """
+    if samples_at_once is None:
+        return 1 if device.type == "cpu" else 2**31
+    if samples_at_once < 1:
+        raise ValueError(f"samples_at_once must be at least 1, got {samples_at_once}.")
+    return samples_at_once
+
+
 def _placed(cls: type[Any], pipe: GenPipeline, device: str | torch.device | None) -> Any:
     """Check that a pipeline is of the class it was asked of, and move it."""
     if not isinstance(pipe, cls):

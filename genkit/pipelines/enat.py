@@ -25,17 +25,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genkit.checks import choose
 from genkit.conditioners.text import EncodedText, encode_text
 from genkit.generators.enat import ENATCondition, ENATTransformer2DModel
-from genkit.pipelines.base import Callback, GenPipeline
+from genkit.pipelines.base import Callback, GenPipeline, samples_at_once_or_default
 from genkit.pipelines.enat_loop import ENATRun, ENATStepState, check_grid, chunks, loop, pair, state_tokens
 from genkit.pipelines.outputs import OUTPUT_TYPES, ImageOutput, MemoryEstimate, to_output_type
 from genkit.pipelines.prompts import (
     Picture,
     Prompt,
     as_prompts,
-    class_id,
-    names_of_classes,
     picture_tensor,
     repaint_mask,
+    resolve_prompts,
 )
 from genkit.pipelines.seeds import Seeds, resolve_seeds
 from genkit.schedulers.masked_token import MaskedTokenScheduler
@@ -248,10 +247,10 @@ class ENATPipeline(GenPipeline):
             raise ValueError("iterate needs a prompt, or state=... of an earlier loop.")
         scheduler, factors = self._schedule(num_inference_steps, guidance_scale, token_temperature, mask_temperature)
         prompts = as_prompts(prompt)
-        keys = self._meanings(prompts)
+        keys = resolve_prompts(prompts, self.config["id2label"], None if self.is_text_model else self.transformer.config["num_classes"])
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
-        at_once = self._at_once(samples_at_once)
+        at_once = samples_at_once_or_default(samples_at_once, self._execution_device)
         repeated = [key for key in keys for _ in range(num_images_per_prompt)]
         seeds = resolve_seeds(generator, len(repeated))
         start = self._start_tokens(len(repeated), image, mask_image, init_tokens)
@@ -326,7 +325,7 @@ class ENATPipeline(GenPipeline):
         size, dim, branches = next(net.parameters()).element_size(), config["hidden_size"], 2 if guidance else 1
         blocks = config["num_encoder_layers"] + config["num_decoder_layers"]
         tokens = net.num_tokens + (min(self.tokenizer.model_max_length, 512) if self.is_text_model else 0)
-        group = min(num_images, self._at_once(samples_at_once))
+        group = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device))
         rows = branches * group
         context = 2 * blocks * dim * dim + blocks * min(rows * tokens, 2048) * dim  # stacked projections, keys and values of all blocks
         kept = branches * num_images * (tokens + 2 * 8 * blocks) * dim  # states before and after the step, modulation vectors
@@ -335,7 +334,7 @@ class ENATPipeline(GenPipeline):
         height, width = self.image_size
         picture, tower = 3 * height * width, self.vqvae.config["decoder_config"]
         per_picture = net.num_tokens * 4 * max(tower["dim"], tower["mlp_dim"]) + 28 * picture
-        chunk = min(num_images, self._at_once(samples_at_once), DECODE_AT_ONCE)
+        chunk = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device), DECODE_AT_ONCE)
         return MemoryEstimate(
             weights=weights,
             sampling=int(size * (context + kept + inside) + logits),
@@ -361,28 +360,6 @@ class ENATPipeline(GenPipeline):
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number of at least 1 (1 = off), got {guidance_scale}.")
         return scheduler, [scheduler.guidance_at(s, guidance_scale) for s in range(steps)]
-
-    def _at_once(self, samples_at_once: int | None) -> int:
-        if samples_at_once is None:
-            return 1 if self._execution_device.type == "cpu" else 2**31
-        if samples_at_once < 1:
-            raise ValueError(f"samples_at_once must be at least 1, got {samples_at_once}.")
-        return samples_at_once
-
-    def _meanings(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """Return class ids for a class model, texts for a text model."""
-        labels = self.config["id2label"] or {}
-        if not self.is_text_model:
-            names = names_of_classes(labels)
-            return [class_id(prompt, names, self.transformer.config["num_classes"]) for prompt in prompts]
-        by_id = {int(key): label for key, label in labels.items()}
-        for prompt in prompts:
-            if isinstance(prompt, int) and prompt not in by_id:
-                raise ValueError(
-                    f"this model takes text, got class id {prompt}"
-                    + (f"; it knows 0 .. {len(by_id) - 1}." if by_id else "; describe the picture in words.")
-                )
-        return [by_id[prompt] if isinstance(prompt, int) else prompt for prompt in prompts]
 
     def _start_tokens(self, count: int, image: Picture | None, mask_image: Picture | None, init_tokens: Tensor | None) -> Tensor:
         """Return the grid [b, n] before step 0."""

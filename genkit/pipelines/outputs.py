@@ -44,7 +44,7 @@ class StepState:
 
     index: int
     num_steps: int
-    timestep: int
+    timestep: float
     sample: Tensor
     seeds: list[int]
 

@@ -65,6 +65,31 @@ def class_id(prompt: Prompt, names: Mapping[str, int], num_classes: int) -> int:
     return prompt
 
 
+def resolve_prompts(prompts: Sequence[Prompt], id2label: Mapping[Any, str] | None, num_classes: int | None) -> list[Prompt]:
+    """Return what prompts mean to a model: class ids, or texts.
+
+    Args:
+        prompts: texts, class names or class ids.
+        id2label: class names by id; a text model takes their ids too.
+        num_classes: of a class model; None for a text model.
+
+    Raises:
+        ValueError: for unknown classes, naming the nearest, and for ids that a text model has no name for.
+    """
+    labels = id2label or {}
+    if num_classes is not None:
+        names = names_of_classes(labels)
+        return [class_id(prompt, names, num_classes) for prompt in prompts]
+    by_id = {int(key): label for key, label in labels.items()}
+    for prompt in prompts:
+        if isinstance(prompt, int) and prompt not in by_id:
+            raise ValueError(
+                f"this model takes text, got class id {prompt}"
+                + (f"; it knows 0 .. {len(by_id) - 1}." if by_id else "; describe the picture in words.")
+            )
+    return [by_id[prompt] if isinstance(prompt, int) else prompt for prompt in prompts]
+
+
 def picture_tensor(image: Picture, size: tuple[int, int], name: str = "image") -> Tensor:
     """Return a picture as [1, 3, h, w] or pictures as [b, 3, h, w] in [-1, 1].
 

@@ -24,7 +24,6 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from genkit.conditioners.text import encode_text
 from genkit.data.images import ImageFolderDataset, open_dataset
 from genkit.data.tokens import TokenCache, TokenMeta, build_cache
 from genkit.data.views import ViewDataset
@@ -33,7 +32,7 @@ from genkit.generators.enat_index import positions_where
 from genkit.paths import cache_dir
 from genkit.schedulers.masked_token import MaskedTokenScheduler
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
-from genkit.tasks._enat_prompts import PromptTable, build_prompt_table, captions_of, prompts_of, weights_hash
+from genkit.tasks._prompts import PromptTable, captions_of, load_text, prompts_of, rows_of_views, text_table, weights_hash
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
@@ -184,24 +183,15 @@ class ENATTask(Task):
         cache = self._token_cache()
         if self.config.views is None:
             return cache
-        if not isinstance(self.data, ViewDataset):
-            raise ValueError(
-                f"views={self.config.views} choose turntable views, but {self.config.data} holds single pictures; leave it out."
-            )
-        wrong = [view for view in self.config.views if not 0 <= view < self.data.num_views]
-        if wrong or not self.config.views:
-            raise ValueError(f"views must be numbers from 0 to {self.data.num_views - 1}, at least one, got {list(self.config.views)}.")
-        chosen = set(self.config.views)
-        return Subset(cache, [row for row in range(len(cache)) if self.data.view_of(row % len(self.data)) in chosen])
+        chosen = set(rows_of_views(self.data, self.config.views, self.config.data))
+        return Subset(cache, [row for row in range(len(cache)) if row % len(self.data) in chosen])
 
     def _token_cache(self) -> TokenCache:
         """Return the codes of all pictures."""
         folder = Path(self.config.cache).expanduser() if self.config.cache else cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
-            encoder = self.frozen["text_encoder"]
-            key = f"{weights_hash(encoder)}:{self.tokenizer.backend_tokenizer.to_str()}:{self.tokenizer.model_max_length}"
-            self.table = build_prompt_table(folder, self.prompts, key, lambda texts: encode_text(texts, self.tokenizer, encoder))
+            self.table = text_table(folder, self.prompts, self.tokenizer, self.frozen["text_encoder"])
         vqvae = cast(ViTVQModel, self.frozen["vqvae"])
         meta = TokenMeta(
             rows=self.num_rows,
@@ -326,11 +316,5 @@ def draw_beta(parameters: tuple[float, float], generator: torch.Generator) -> fl
 
 def build(config: Config) -> ENATTask:
     """Build the task of a recipe: open the pictures, load the tokenizer and the text encoder."""
-    text = None
-    if config.text_encoder is not None and config.tokenizer is not None:
-        from transformers import AutoTokenizer, CLIPTextModelWithProjection
-
-        encoder = CLIPTextModelWithProjection.from_pretrained(config.text_encoder, torch_dtype=torch.float32)
-        text = (encoder.eval().requires_grad_(False), AutoTokenizer.from_pretrained(config.tokenizer))
     vqvae = ViTVQModel.from_pretrained(config.vqvae).eval().requires_grad_(False)
-    return ENATTask(config, open_dataset(config.data, config.image_size), vqvae, text)
+    return ENATTask(config, open_dataset(config.data, config.image_size), vqvae, load_text(config.text_encoder, config.tokenizer))

@@ -78,9 +78,17 @@ class StepContext:
         Returns:
             This part's rows [local_batch, *shape] of one draw over the whole batch, float32 on the device.
         """
+        return self._own(torch.rand, name, local_batch, shape)
+
+    def randn(self, name: str, local_batch: int, *shape: int) -> Tensor:
+        """Draw standard normal numbers that belong to samples; see `rand`."""
+        return self._own(torch.randn, name, local_batch, shape)
+
+    def _own(self, draw: Callable[..., Tensor], name: str, local_batch: int, shape: Sequence[int]) -> Tensor:
+        """Return this part's rows of one draw over the whole batch."""
         rows = local_batch * self.num_processes * self.num_parts
         first = (self.process_index * self.num_parts + self.part) * local_batch
-        drawn = torch.rand(rows, *shape, generator=self.generator(name), dtype=torch.float32)
+        drawn = draw(rows, *shape, generator=self.generator(name), dtype=torch.float32)
         return drawn[first : first + local_batch].to(self.device)
 
     def draw(self, name: str) -> float:

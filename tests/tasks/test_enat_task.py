@@ -18,7 +18,7 @@ from genkit.generators.enat import ENATTransformer2DModel
 from genkit.pipelines.outputs import ImageOutput
 from genkit.tasks import enat
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
-from genkit.tasks._enat_prompts import build_prompt_table
+from genkit.tasks._prompts import build_prompt_table
 from genkit.tasks.text_encoder import train_tokenizer
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.config import TrainConfig

@@ -1,4 +1,5 @@
-"""Text-encoder outputs of a few prompts per picture, computed once and memory-mapped: training then never runs the text encoder.
+"""Conditions of pictures: captions, prompts, chosen views, and text-encoder outputs of a few prompts per picture, computed once and
+memory-mapped, so that training never runs the text encoder.
 
 Letters: u distinct texts, m text tokens, d width of a text token, p width of the pooled text, v pictures, k prompts per picture.
 """
@@ -15,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from genkit.conditioners.text import EncodedText
+from genkit.conditioners.text import EncodedText, encode_text
 from genkit.data.images import ImageFolderDataset
 from genkit.data.prompts import PromptBuilder
 from genkit.data.views import ViewDataset
@@ -57,6 +58,42 @@ def prompts_of(data: ViewDataset | ImageFolderDataset, per_picture: int) -> list
     return prompts
 
 
+def rows_of_views(data: ViewDataset | ImageFolderDataset, views: Sequence[int] | None, source: str) -> list[int]:
+    """Return the pictures that show one of some turntable views; all of them if None.
+
+    Args:
+        data: pictures.
+        views: numbers of views, 0 is the front.
+        source: of the data, for messages.
+
+    Raises:
+        ValueError: if the data has no views, or there is no such view.
+    """
+    if views is None:
+        return list(range(len(data)))
+    if not isinstance(data, ViewDataset):
+        raise ValueError(f"views={list(views)} choose turntable views, but {source} holds single pictures; leave it out.")
+    most = max(len(data.views_of(thing)) for thing in range(data.num_objects))
+    wrong = [view for view in views if not 0 <= view < most]
+    if wrong or not views:
+        raise ValueError(f"views must be numbers from 0 to {most - 1}, at least one, got {list(views)}.")
+    return [row for row in range(len(data)) if data.view_of(row) in set(views)]
+
+
+def load_text(text_encoder: str | None, tokenizer: str | None) -> tuple[nn.Module, Any] | None:
+    """Load a CLIP text model with projection, frozen, and its tokenizer; None if neither is named.
+
+    Args:
+        text_encoder, tokenizer: folders or hub ids.
+    """
+    if text_encoder is None or tokenizer is None:
+        return None
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    encoder = CLIPTextModelWithProjection.from_pretrained(text_encoder, torch_dtype=torch.float32)
+    return encoder.eval().requires_grad_(False), AutoTokenizer.from_pretrained(tokenizer)
+
+
 class PromptTable:
     """Encoded prompts of every picture; text 0 is the empty prompt.
 
@@ -84,6 +121,12 @@ class PromptTable:
             name: torch.from_numpy(np.array(value)).to(torch.bool if name == "text_mask" else torch.float32)
             for name, value in found.items()
         }
+
+
+def text_table(folder: Path, prompts: Sequence[Sequence[str]], tokenizer: Any, encoder: nn.Module) -> PromptTable:
+    """Return the table of prompts under a text encoder, encoding them if it is not there yet."""
+    key = f"{weights_hash(encoder)}:{tokenizer.backend_tokenizer.to_str()}:{tokenizer.model_max_length}"
+    return build_prompt_table(folder, prompts, key, lambda texts: encode_text(texts, tokenizer, encoder))
 
 
 def build_prompt_table(

@@ -1,0 +1,56 @@
+"""Adversarial terms of distillation: non-saturating losses on logits, and f-distill's weights.
+
+Sources: Goodfellow et al. 2014 (arXiv 1406.2661), Yin et al. 2024 (DMD2, arXiv 2405.14867), Xu et al. 2025 (f-distill, arXiv 2502.15681).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from genkit.checks import choose
+
+# h(r) of the density ratio r = p / q between real and generated pictures
+F_DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rkl": torch.ones_like,
+    "kl": lambda r: r,
+    "js": lambda r: 1 - 1 / (1 + r),
+    "sf": lambda r: 1 / (1 + r),
+    "sh": torch.sqrt,
+    "jf": lambda r: 1 + r,
+    "neyman": lambda r: 1 / r,
+}
+"""Reverse KL (DMD itself), KL, Jensen-Shannon, softened reverse KL, squared Hellinger, Jeffreys, Neyman chi^2."""
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """Return mean softplus(-logit): the student wants its pictures to pass for real."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return mean softplus(-real) + mean softplus(fake)."""
+    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+
+
+def density_ratio(fake_logits: Tensor) -> Tensor:
+    """Return exp of the mean logit of every generated sample [b], the logit kept in [-10, 10]."""
+    return fake_logits.detach().float().flatten(1).mean(1).clamp(-10, 10).exp()
+
+
+def f_divergence_weight(fake_logits: Tensor, divergence: str, normalise: bool = True) -> Tensor:
+    """Return weights [b] of DMD's direction for an f-divergence.
+
+    Args:
+        fake_logits: [b, ...] of a discriminator on generated samples.
+        divergence: key of `F_DIVERGENCES`.
+        normalise: divide by the mean over the batch.
+
+    Raises:
+        ValueError: for an unknown divergence.
+    """
+    h = F_DIVERGENCES[choose(divergence, F_DIVERGENCES, "f-divergence")](density_ratio(fake_logits))
+    return h / h.mean() if normalise else h
