@@ -169,16 +169,22 @@ def constant(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def watch(x_0: Tensor, critic: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """Return statistics to watch: `distance`, mean |x_0 - D_q|, and `difference`, the norm of D_psi - D_q, each a mean over samples."""
+    x_0, critic, teacher = (x.detach().float() for x in (x_0, critic, teacher))
+    return {"distance": normaliser(x_0, teacher).mean(), "difference": (critic - teacher).flatten(1).norm(dim=1).mean()}
+
+
 def matching_loss(
     rule: MatchingRule, x_0: Tensor, noise: Tensor, sigma: Tensor, critic: Denoiser, teacher: Denoiser, scale: Tensor | None = None
-) -> Tensor:
-    """Return a rule's loss [b] with the graph through both networks where the rule needs it: the naive way, three graphs at once."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a rule's loss [b] with the graph through both networks where the rule needs it (the naive way, three graphs at once), and the
+    statistics of `watch`.
+    """
     x_t = x_0 + per_sample(sigma, x_0) * noise
-    if rule.needs_jacobian:
-        return rule(x_0, critic(x_t, sigma), teacher(x_t, sigma), sigma, scale)
-    with torch.no_grad():
-        predicted = critic(x_t, sigma), teacher(x_t, sigma)
-    return rule(x_0, *predicted, sigma, scale)
+    with torch.set_grad_enabled(rule.needs_jacobian):
+        at_critic, at_teacher = critic(x_t, sigma), teacher(x_t, sigma)
+    return rule(x_0, at_critic, at_teacher, sigma, scale), watch(x_0, at_critic, at_teacher)
 
 
 def matching_gradient(
@@ -198,8 +204,7 @@ def matching_gradient(
         scale: [b] further weights.
 
     Returns:
-        Losses [b], gradient of their sum [b, ...] fp32, and statistics to watch: `distance` mean |x_0 - D_q|, `difference` norm of
-        D_psi - D_q, each a mean over samples.
+        Losses [b], gradient of their sum [b, ...] fp32, and the statistics of `watch`.
     """
     x_0 = x_0.detach()
     x_t = x_0 + per_sample(sigma, x_0) * noise
@@ -217,9 +222,7 @@ def matching_gradient(
             x_psi = x_t.clone().requires_grad_()
             again = critic(x_psi, sigma)
             gradient = gradient + torch.autograd.grad(again, x_psi, to_critic.to(again.dtype))[0].float()
-    difference = (at_critic - at_teacher.detach()).float().flatten(1).norm(dim=1)
-    watched = {"distance": normaliser(x_0.float(), at_teacher.detach().float()).mean(), "difference": difference.mean()}
-    return losses.detach(), gradient, watched
+    return losses.detach(), gradient, watch(x_0, at_critic, at_teacher)
 
 
 def hand_over(x_0: Tensor, gradient: Tensor, value: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class ResampleConv2d(nn.Conv2d):
     Args:
         dim_in, dim_out: channels.
         kernel: odd.
-        resampling: "up", "down" or None.
+        resampling: "up" or "down".
         taps: filter.
         fused: convolve with a border of half the filter first, then filter without padding (NCSN++'s auxiliary branch).
     """
@@ -74,24 +74,29 @@ class ResampleConv2d(nn.Conv2d):
         dim_in: int,
         dim_out: int,
         kernel: int,
-        resampling: Resampling | None = None,
+        resampling: Resampling,
         taps: Sequence[float] = (1, 1),
         fused: bool = False,
     ) -> None:
         super().__init__(dim_in, dim_out, kernel, padding=kernel // 2)
-        self.resample = Resample(resampling, taps) if resampling else None
+        self.resample = Resample(resampling, taps)
         self.border = (len(taps) - 1) // 2
         self.fused = fused
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.resample is None:
-            return super().forward(x)
         if self.fused:
             half = self.kernel_size[0] // 2 + self.border
             return self.resample(F.conv2d(x, self.weight, padding=half), pad=False) + cast(Tensor, self.bias)[:, None, None]
         if self.kernel_size == (1, 1) and self.resample.is_box and self.resample.resampling == "up":
             return self.resample(super().forward(x))  # pixels are repeated: the same numbers at a quarter of the work
         return super().forward(self.resample(x))
+
+
+def convolution(dim_in: int, dim_out: int, kernel: int, resampling: Resampling | None = None, taps: Sequence[float] = (1, 1)) -> nn.Conv2d:
+    """Return a convolution that keeps the size, or one with resampling before it."""
+    if resampling is None:
+        return nn.Conv2d(dim_in, dim_out, kernel, padding=kernel // 2)
+    return ResampleConv2d(dim_in, dim_out, kernel, resampling, taps)
 
 
 class UNetBlock(nn.Module):
@@ -131,20 +136,20 @@ class UNetBlock(nn.Module):
         super().__init__()
         self.heads, self.skip_scale, self.adaptive_scale = heads, skip_scale, adaptive_scale
         self.norm0 = group_norm(dim_in, eps)
-        self.conv0 = ResampleConv2d(dim_in, dim_out, 3, resampling, taps)
+        self.conv0 = convolution(dim_in, dim_out, 3, resampling, taps)
         self.affine = nn.Linear(emb_dim, dim_out * (2 if adaptive_scale else 1))
         self.norm1 = group_norm(dim_out, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv1 = ResampleConv2d(dim_out, dim_out, 3)
+        self.conv1 = convolution(dim_out, dim_out, 3)
         self.skip: nn.Module | None = None
         if dim_in != dim_out or (resampling and project_resampled):
-            self.skip = ResampleConv2d(dim_in, dim_out, 1, resampling, taps)
+            self.skip = convolution(dim_in, dim_out, 1, resampling, taps)
         elif resampling:
             self.skip = Resample(resampling, taps)
         if heads:
             self.norm2 = group_norm(dim_out, eps)
-            self.qkv = ResampleConv2d(dim_out, dim_out * 3, 1)
-            self.proj = ResampleConv2d(dim_out, dim_out, 1)
+            self.qkv = convolution(dim_out, dim_out * 3, 1)
+            self.proj = convolution(dim_out, dim_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """Compute the block on x [b, c, h, w] with the embedding [b, d]."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit.checks import choose
-from genkit.generators.edm_layers import Resample, ResampleConv2d, UNetBlock, group_norm
+from genkit.generators.edm_layers import Resample, ResampleConv2d, UNetBlock, convolution, group_norm
 
 
 def positional_embedding(noise: Tensor, width: int, include_end: bool) -> Tensor:
@@ -144,13 +144,13 @@ class SongUNet(_UNet):
         for level, mult in enumerate(channel_mult):
             r = image_size >> level
             if level == 0:
-                self.enc[f"{r}x{r}_conv"] = ResampleConv2d(width, model_channels, 3)
+                self.enc[f"{r}x{r}_conv"] = convolution(width, model_channels, 3)
                 width = model_channels
             else:
                 self.enc[f"{r}x{r}_down"] = UNetBlock(width, width, emb_dim, resampling="down", **kwargs)
                 if encoder_type == "skip":
                     self.enc[f"{r}x{r}_aux_down"] = Resample("down", taps)
-                    self.enc[f"{r}x{r}_aux_skip"] = ResampleConv2d(aux, width, 1)
+                    self.enc[f"{r}x{r}_aux_skip"] = convolution(aux, width, 1)
                 elif encoder_type == "residual":
                     self.enc[f"{r}x{r}_aux_residual"] = ResampleConv2d(aux, width, 3, "down", taps, fused=True)
                     aux = width
@@ -175,7 +175,7 @@ class SongUNet(_UNet):
                 if decoder_type == "skip" and level < len(channel_mult) - 1:
                     self.dec[f"{r}x{r}_aux_up"] = Resample("up", taps)
                 self.dec[f"{r}x{r}_aux_norm"] = group_norm(width, 1e-6)
-                self.dec[f"{r}x{r}_aux_conv"] = ResampleConv2d(width, out_channels, 3)
+                self.dec[f"{r}x{r}_aux_conv"] = convolution(width, out_channels, 3)
         self.init_weights()
 
     @torch.no_grad()
@@ -291,7 +291,7 @@ class DhariwalUNet(_UNet):
         for level, mult in enumerate(channel_mult):
             r = image_size >> level
             if level == 0:
-                self.enc[f"{r}x{r}_conv"] = ResampleConv2d(width, model_channels * mult, 3)
+                self.enc[f"{r}x{r}_conv"] = convolution(width, model_channels * mult, 3)
                 width = model_channels * mult
             else:
                 self.enc[f"{r}x{r}_down"] = block(width, width, resampling="down")
@@ -310,7 +310,7 @@ class DhariwalUNet(_UNet):
             for i in range(num_blocks + 1):
                 self.dec[f"{r}x{r}_block{i}"] = block(width + skips.pop(), model_channels * mult, r in attn_resolutions)
                 width = model_channels * mult
-        self.out_norm, self.out_conv = group_norm(width, 1e-5), ResampleConv2d(width, out_channels, 3)
+        self.out_norm, self.out_conv = group_norm(width, 1e-5), convolution(width, out_channels, 3)
         self.init_weights()
 
     @torch.no_grad()

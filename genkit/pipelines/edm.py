@@ -128,10 +128,11 @@ class ConditionedPipeline(GenPipeline):
             rows = self.encode_prompt(distinct)
         return rows[[distinct.index(meaning) for meaning in meanings for _ in range(num_images_per_prompt)]], seeds
 
-    def encode_prompt(self, meanings: Sequence[Prompt]) -> Tensor:
-        """Return condition rows [b, l] of class ids, or of texts: each text by itself. Differentiable."""
+    def encode_prompt(self, meanings: Sequence[Prompt], at_once: int = 1) -> Tensor:
+        """Return condition rows [b, l] of class ids, or of texts, `at_once` together (bits may depend on it). Differentiable."""
         if self.is_text_model:
-            encoded = [encode_text([str(text)], self.tokenizer, self.text_encoder).pooled for text in meanings]
+            parts = [[str(text) for text in meanings[start : start + at_once]] for start in range(0, len(meanings), at_once)]
+            encoded = [encode_text(part, self.tokenizer, self.text_encoder).pooled for part in parts]
             return condition_vector(torch.cat(encoded)).to(self._execution_device)
         ids = torch.tensor([int(meaning) for meaning in meanings], device=self._execution_device)
         return torch.nn.functional.one_hot(ids, self.unet.config["label_dim"]).float()
