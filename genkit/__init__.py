@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from genkit.pipelines.base import GenPipeline
     from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
+    from genkit.pipelines.pixart_one_step import PixArtOneStepPipeline
     from genkit.schedulers.edm_heun import EDMHeunScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
     from genkit.tokenizers.vit_vqgan import ViTVQModel
@@ -40,6 +41,7 @@ EXPORTS = {
     "MaskedTokenScheduler": "genkit.schedulers.masked_token",
     "ModelMixin": "diffusers",
     "OneStepPipeline": "genkit.pipelines.edm",
+    "PixArtOneStepPipeline": "genkit.pipelines.pixart_one_step",
     "SchedulerMixin": "diffusers",
     "ViTVQModel": "genkit.tokenizers.vit_vqgan",
     "list_models": "genkit.catalogue",
@@ -56,6 +58,7 @@ __all__ = [
     "MaskedTokenScheduler",
     "ModelMixin",
     "OneStepPipeline",
+    "PixArtOneStepPipeline",
     "SchedulerMixin",
     "ViTVQModel",
     "__version__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import secrets
 import time
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     count = len(args.prompt) * args.num_images
     first = secrets.randbelow(2**31) if args.seed is None else args.seed
     seeds = list(range(first, first + count))
-    images = pipe(args.prompt, generator=seeds, **call_options(args)).images
+    images = pipe(args.prompt, generator=seeds, **call_options(args, pipe)).images
     done = time.perf_counter()
     paths = write(args, images, seeds)
     report(args, paths, seeds, str(pipe.device), {"load": loaded - began, "generate": done - loaded})
@@ -111,9 +112,16 @@ def load(args: argparse.Namespace) -> GenPipeline:
     return pipe.to(device)
 
 
-def call_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the pipeline's call; what was not given stays the model's."""
+def call_options(args: argparse.Namespace, pipe: GenPipeline) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call; what was not given stays the model's.
+
+    Raises:
+        ValueError: if the model cannot repaint, or a picture cannot be read.
+    """
     from PIL import Image, UnidentifiedImageError
+
+    if args.image is not None and "image" not in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"--image and --mask: {args.model} is a {type(pipe).__name__}, which cannot repaint; leave them out.")
 
     options: dict[str, Any] = {"num_images_per_prompt": args.num_images}
     if args.steps is not None:

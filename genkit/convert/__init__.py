@@ -129,7 +129,8 @@ def _read(converter: ModuleType, file: Path, is_asked: bool = False) -> tuple[di
     """
     own = converter.read(file) if hasattr(converter, "read") else None
     if own is not None:
-        return own  # type: ignore[no-any-return]
+        found: tuple[dict[str, Tensor], str, dict[str, Any]] = own
+        return found
     if is_asked and file.suffix == ".pkl":
         return {}, "", {}
     return (*read_checkpoint(file), {})

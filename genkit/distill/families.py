@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.checks import unknown
+from genkit.generators import pixart
 
 Condition = Mapping[str, Tensor]
 """Name -> rows [b, ...]; empty for an unconditional model."""
@@ -31,17 +32,20 @@ class Family:
         shape: of one sample, (c, h, w).
         sigma_range: noise levels that the network knows.
         sigma_data: standard deviation of the data.
-        has_bottleneck: whether a discriminator can read the network.
+        is_text: whether prompts are text.
+        num_classes: of a class model, else 0.
     """
 
     component: ClassVar[str]
-    has_bottleneck: ClassVar[bool] = False
+    is_text: bool = False
+    num_classes: int = 0
     shape: tuple[int, ...]
     sigma_range: tuple[float, float] = (0.0, float("inf"))
     sigma_data: float = 0.5
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        self.empty: Condition = {}  # the condition without a prompt, one row, where it was computed before
         self.network: nn.Module = getattr(pipe, self.component)
 
     def denoise(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
@@ -64,13 +68,22 @@ class Family:
         """
         raise ValueError(f"{type(self.network).__name__} has no lowest activations for a discriminator; choose a method without one.")
 
+    compared: ClassVar[tuple[str, ...]] = ()  # entries of the configuration that teacher and student share
+
     def check_student(self, student: nn.Module) -> None:
         """Refuse a student that does not fit the teacher.
 
         Raises:
             ValueError: naming what differs.
         """
-        raise NotImplementedError
+        mine, theirs = cast(Any, self.network).config, getattr(student, "config", {})
+        for key in self.compared:
+            if theirs.get(key) != mine[key]:
+                raise ValueError(f"teacher and student differ in {key}: {mine[key]} and {theirs.get(key)}; they must be the same.")
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Return pictures [b, 3, h', w'] in about [-1, 1] of samples [b, c, h, w]."""
+        return samples
 
     def pipeline(self, student: nn.Module, sigma_init: float) -> Any:
         """Return the one-step pipeline around a student, with the teacher's encoders."""
@@ -80,7 +93,8 @@ class Family:
 class EDMFamily(Family):
     """`EDMPipeline`."""
 
-    component, has_bottleneck = "unet", True
+    component = "unet"
+    compared = ("sample_size", "in_channels", "label_dim", "preconditioner_config")
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)
@@ -89,6 +103,8 @@ class EDMFamily(Family):
         known = pipe.unet.preconditioner
         self.sigma_range = (known.sigma_min, known.sigma_max)
         self.sigma_data = getattr(known, "sigma_data", 0.5)
+        self.is_text = pipe.is_text_model
+        self.num_classes = 0 if self.is_text else config["label_dim"]
 
     def denoise(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
         """Evaluate the preconditioned network."""
@@ -104,20 +120,13 @@ class EDMFamily(Family):
 
     def conditions(self, prompts: list[Any]) -> Condition:
         """Return label rows; none for an unconditional model."""
-        if not self.pipe.unet.config["label_dim"]:
+        if not self.is_text and not self.num_classes:
             return {}
         from genkit.pipelines.prompts import resolve_prompts
 
-        width = None if self.pipe.is_text_model else self.pipe.unet.config["label_dim"]
+        meanings = resolve_prompts(prompts, self.pipe.config["id2label"], None if self.is_text else self.num_classes)
         with torch.no_grad():
-            return {"labels": self.pipe.encode_prompt(resolve_prompts(prompts, self.pipe.config["id2label"], width), len(prompts))}
-
-    def check_student(self, student: nn.Module) -> None:
-        """Compare sizes, conditions and preconditioners."""
-        mine, theirs = cast(Any, self.network).config, getattr(student, "config", {})
-        for key in ("sample_size", "in_channels", "label_dim", "preconditioner_config"):
-            if theirs.get(key) != mine[key]:
-                raise ValueError(f"teacher and student differ in {key}: {mine[key]} and {theirs.get(key)}; they must be the same.")
+            return {"labels": self.pipe.encode_prompt(meanings, len(meanings))}
 
     def pipeline(self, student: nn.Module, sigma_init: float) -> Any:
         """Return a `OneStepPipeline`."""
@@ -128,7 +137,60 @@ class EDMFamily(Family):
         return OneStepPipeline(cast(Any, student), pipe.text_encoder, pipe.tokenizer, labels, sigma_init)
 
 
-FAMILIES: dict[str, type[Family]] = {"EDMPipeline": EDMFamily}
+class PixArtFamily(Family):
+    """diffusers' `PixArtAlphaPipeline`: latents, T5 captions, noise prediction at 1,000 steps."""
+
+    component = "transformer"
+    compared = ("sample_size", "in_channels", "caption_channels", "patch_size")
+    sigma_data = 1.0
+    is_text = True
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__(pipe)
+        config = pipe.transformer.config
+        self.shape = (config["in_channels"], config["sample_size"], config["sample_size"])
+        table = pixart.level_table()
+        self.sigma_range = (float(table[-2]), float(table[0]))
+
+    def denoise(self, network: Callable[..., Any], x: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
+        """Ask the transformer for the noise."""
+        return pixart.denoise(network, x, sigma, condition["caption"], condition["mask"])
+
+    def conditions(self, prompts: list[Any]) -> Condition:
+        """Return text-encoder states and masks.
+
+        Raises:
+            ValueError: if the pipeline was opened without its text encoder.
+        """
+        if self.pipe.text_encoder is None:
+            raise ValueError("this teacher has no text encoder: give captions encoded before (a .safetensors file) as task_config.data.")
+        from genkit.pipelines.pixart_one_step import encode_caption
+
+        caption, mask = encode_caption(prompts, self.pipe.tokenizer, self.pipe.text_encoder, torch.float32)
+        return {"caption": caption, "mask": mask}
+
+    def null(self, condition: Condition) -> Condition:
+        """Return the states of an empty text."""
+        if not self.empty:
+            self.empty = self.conditions([""])
+        b = len(condition["caption"])
+        return {name: rows.to(condition["caption"].device).expand(b, *rows.shape[1:]) for name, rows in self.empty.items()}
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Decode latents with the pipeline's VAE."""
+        vae = self.pipe.vae
+        weight = next(vae.parameters())
+        return cast(Tensor, vae.decode(samples.to(weight) / vae.config["scaling_factor"]).sample)
+
+    def pipeline(self, student: nn.Module, sigma_init: float) -> Any:
+        """Return a `PixArtOneStepPipeline`."""
+        from genkit.pipelines.pixart_one_step import PixArtOneStepPipeline
+
+        pipe = self.pipe
+        return PixArtOneStepPipeline(cast(Any, student), pipe.vae, pipe.text_encoder, pipe.tokenizer, sigma_init)
+
+
+FAMILIES: dict[str, type[Family]] = {"EDMPipeline": EDMFamily, "PixArtAlphaPipeline": PixArtFamily}
 
 
 def family_of(pipe: Any) -> Family:
@@ -141,3 +203,22 @@ def family_of(pipe: Any) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"a teacher must be a diffusion or flow pipeline: {unknown(name, FAMILIES, 'pipeline to distil')}")
     return FAMILIES[name](pipe)
+
+
+def open_teacher(name: str) -> Any:
+    """Open a teacher's pipeline: ours by packaged name, folder or hub id, or one of diffusers' that a family knows.
+
+    Raises:
+        ValueError: if no family knows its class. FileNotFoundError, OSError: if it cannot be opened.
+    """
+    import diffusers
+
+    from genkit.pipelines.base import GenPipeline
+    from genkit.pipelines.loading import locate
+
+    path = locate(name)
+    with_index = path is None or (path / "model_index.json").is_file()
+    kind = diffusers.DiffusionPipeline.load_config(str(path or name)).get("_class_name", "") if with_index else ""
+    if kind in FAMILIES and hasattr(diffusers, kind):
+        return getattr(diffusers, kind).from_pretrained(str(path or name))
+    return GenPipeline.from_pretrained(name)

@@ -215,7 +215,7 @@ def matching_gradient(
         at_teacher = teacher(x_q, sigma)
     with torch.enable_grad():
         leaves = [x.detach().float().requires_grad_() for x in (x_0, at_critic, at_teacher)]
-        losses = rule(*leaves, sigma, scale)
+        losses = rule(leaves[0], leaves[1], leaves[2], sigma, scale)
         gradient, to_critic, to_teacher = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
         if rule.needs_jacobian:
             gradient = gradient + torch.autograd.grad(at_teacher, x_q, to_teacher.to(at_teacher.dtype))[0].float()

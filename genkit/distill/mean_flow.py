@@ -29,7 +29,8 @@ def velocity_and_derivative(network: MeanVelocity, x_t: Tensor, r: Tensor, t: Te
         r, t: [b].
         velocity: [b, ...] v.
     """
-    return torch.func.jvp(network, (x_t, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)))
+    found = torch.func.jvp(network, (x_t, r, t), (velocity, torch.zeros_like(r), torch.ones_like(t)))
+    return found[0], found[1]
 
 
 def mean_flow_loss(

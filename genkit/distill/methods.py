@@ -341,7 +341,8 @@ def _matching(name: str, defaults: Mapping[str, Any] | None = None) -> Callable[
 
 def _consistency(distil: bool) -> Callable[..., Consistency]:
     def build(levels: Mapping[str, Any] | None = None, **options: Any) -> Consistency:
-        return Consistency(distil, **({"levels": make_levels(**levels)} if levels else {}), **options)
+        parts: dict[str, Any] = {"levels": make_levels(**levels)} if levels else {}
+        return Consistency(distil, **parts, **options)
 
     return build
 

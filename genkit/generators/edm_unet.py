@@ -213,7 +213,8 @@ class SongUNet(_UNet):
             Output [b, out_channels, h, w] and the lowest encoder activations [b, c', h', w'].
         """
         emb = self.embed(noise, labels, augment)
-        skips, aux = [], x
+        skips: list[Tensor] = []
+        aux = x
         for name, block in self.enc.items():
             if name.endswith("aux_down"):
                 aux = block(aux)
@@ -336,7 +337,7 @@ class DhariwalUNet(_UNet):
     def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Evaluate the network; see `SongUNet.forward`."""
         emb = self.embed(noise, labels, augment)
-        skips = []
+        skips: list[Tensor] = []
         for block in self.enc.values():
             x = self.run(block, x, emb)
             skips.append(x)

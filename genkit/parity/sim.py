@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genkit.convert import edm
+from genkit.convert import edm, sim
 from genkit.distill import adversarial, consistency
 from genkit.distill import levels as laws
 from genkit.distill.denoising import Denoiser, denoising_loss, per_sample
 from genkit.distill.matching import DMD, SIM, DiffInstruct, MatchingRule, SiD, constant, hand_over, matching_gradient
 from genkit.distill.mean_flow import mean_flow_loss
+from genkit.generators import pixart
 from genkit.generators.edm import EDMUNet2DModel
 from genkit.generators.preconditioning import make_preconditioner
 from genkit.parity.base import Case
 from genkit.schedulers.edm_heun import EDMHeunScheduler
+from genkit.schedulers.noise_levels import linear_table, nearest_level
 
 LOSS_LAWS: dict[str, tuple[laws.Levels, Callable[[Tensor], Tensor]]] = {
     "edm": (laws.LogNormalLevels(), laws.edm_weight),
@@ -122,7 +124,8 @@ SETTINGS = {"S_churn": "s_churn", "S_min": "s_min", "S_max": "s_max", "S_noise":
 
 def edm_samplers(case: Case) -> dict[str, Tensor]:
     """Kind sim/edm_samplers: whole sampling loops with stored noise."""
-    model, labels, results = _build(case, _weights(case)), case.inputs.get("class_labels"), {}
+    model, labels = _build(case, _weights(case)), case.inputs.get("class_labels")
+    results: dict[str, Tensor] = {}
     for name, run in case.config["runs"].items():
         config = {SETTINGS.get(key, key): value for key, value in run.items() if key not in ("sampler", "num_steps")}
         scheduler = EDMHeunScheduler(**config)
@@ -206,7 +209,8 @@ def sim_losses(case: Case) -> dict[str, Tensor]:
 
 def sim_alternating_steps(case: Case) -> dict[str, Tensor]:
     """Kind sim/sim_alternating_steps: critic and student step in turn, the average follows the student."""
-    config, inputs, results = case.config, case.inputs, {}
+    config, inputs = case.config, case.inputs
+    results: dict[str, Tensor] = {}
     labels, b, level = inputs["class_labels"], config["batch"], config["sigma_init"]
     levels, critic_levels = laws.KarrasLevels(last=config["tmax"] / 1000), laws.LogNormalLevels()
     modes = {"sid": (SiD(config["sid_alpha"]), config["sid_loss_scaling_G"]), "sim": (SIM(c=config["c"], space=config["sim_space"]), 1.0)}
@@ -271,7 +275,7 @@ def _consistency(case: Case) -> dict[str, Tensor]:
 
 def _distribution_matching(case: Case) -> dict[str, Tensor]:
     """Compute DMD's surrogate, plain and with weights of the samples."""
-    results = {}
+    results: dict[str, Tensor] = {}
     fake, teacher = case.inputs["vsd.fake_x0"], case.inputs["vsd.teacher_x0"]
     for name, scale in (("vsd", None), ("vsd_scaled", case.inputs["vsd.scale"])):
         x_0 = case.inputs["vsd.x0"].clone().requires_grad_()
@@ -291,7 +295,8 @@ def _adversarial(case: Case) -> dict[str, Tensor]:
 
 def _mean_flow(case: Case) -> dict[str, Tensor]:
     """Compute the MeanFlow losses on given tensors."""
-    config, results = case.config["mf"], {}
+    config = case.config["mf"]
+    results: dict[str, Tensor] = {}
     derivative, velocity, r, t = (case.inputs[f"mf.{name}"] for name in ("jvp", "v", "r", "t"))
     for name, variant in config.items():
         if not isinstance(variant, dict):
@@ -303,3 +308,40 @@ def _mean_flow(case: Case) -> dict[str, Tensor]:
         loss.mean().backward()
         results |= {f"mf.{name}.loss": loss, f"mf.{name}.weight": weight, f"mf.{name}.grad_u": torch.as_tensor(u.grad)}
     return results
+
+
+def sim_pixart_onestep(case: Case) -> dict[str, Tensor]:
+    """Kind sim/sim_pixart_onestep: the one-step text-to-image student, and the table of noise levels."""
+    config, inputs = case.config, case.inputs
+    results: dict[str, Tensor] = {}
+    model, _ = sim.from_official({**case.weights(), "u": inputs["u"]}, num_heads=config["pixart_kwargs"]["num_heads"])
+    model = model.to(case.device, case.dtype)
+    table = linear_table(config["M"], config["beta_start"], config["beta_end"], config["C_1"])
+    watched = {
+        "caption_tokens": model.caption_projection,
+        "t_emb": model.adaln_single.emb.timestep_embedder,
+        "patches": model.pos_embed.proj,
+    }
+    watched |= {f"block.{i}": block for i, block in enumerate(model.transformer_blocks)}
+    hooks = [module.register_forward_hook(_keep(results, name)) for name, module in watched.items()]
+    hooks.append(model.register_forward_hook(_keep_transformer(results), with_kwargs=True))
+    sigma = torch.full((len(inputs["z"]),), config["sigma_init"], device=case.device)
+    with torch.no_grad():
+        x = config["sigma_init"] * inputs["z"]
+        results["x0"] = pixart.denoise(model, x, sigma, inputs["caption"][:, 0], inputs["mask"].bool(), table)
+    for hook in hooks:
+        hook.remove()
+    results["patch_tokens"] = results.pop("patches").flatten(2).transpose(1, 2)
+    results["caption_tokens"] = results["caption_tokens"][:, None]
+    index = nearest_level(table, inputs["sigma_probe"])
+    probe = {"index": index, "timestep": pixart.timestep_of(inputs["sigma_probe"], table), "rounded": table[index]}
+    return results | {f"sigma_probe_{name}": value.float() for name, value in probe.items()}
+
+
+def _keep_transformer(results: dict[str, Tensor]) -> Callable[[nn.Module, Any, Any, Any], None]:
+    """Return a hook that stores what the transformer takes and returns."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        results.update(model_in=args[0], timestep=kwargs["timestep"].float(), model_out=output.sample)
+
+    return hook

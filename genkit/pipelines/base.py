@@ -23,7 +23,7 @@ from genkit.pipelines import loading
 from genkit.pipelines.outputs import StepState
 
 State = TypeVar("State", bound=StepState)
-Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
+Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any] | None]
 
 
 class GenPipeline(DiffusionPipeline):

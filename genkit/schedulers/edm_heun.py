@@ -119,7 +119,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.zeros(0, dtype=torch.float64)
         self.times: list[float] = []
         self.num_inference_steps = 0
-        self.index, self._pending = 0, None
+        self.index = 0
+        self._pending: _Pending | None = None
 
     # ---- levels ----
 

@@ -25,10 +25,11 @@ from genkit.distill.adapters import SharedNetwork
 from genkit.distill.alarms import AlarmConfig, CollapseAlarm
 from genkit.distill.denoising import Denoiser
 from genkit.distill.discriminator import BottleneckHead
-from genkit.distill.families import Condition, Family, family_of
+from genkit.distill.families import Condition, Family, family_of, open_teacher
 from genkit.distill.methods import Method, Work, make_method
 from genkit.distill.paths import guided
-from genkit.tasks._conditions import ConditionTable
+from genkit.pipelines.seeds import SampleStreams
+from genkit.tasks._conditions import ConditionTable, read_conditions
 from genkit.tasks._prompts import prompts_of, rows_of_views
 from genkit.training.task import Phase, StepContext, Task
 
@@ -50,7 +51,8 @@ class Config:
         teacher: pipeline to distil: packaged name, folder or hub id.
         method: {"name": ...} and its options, see `genkit.distill.methods`.
         data: prompts and, for methods that need them, pictures: parquet file of views, folder of pictures, hub id; or a text file with one
-            prompt per line. null draws the classes of a class teacher, or nothing for an unconditional one.
+            prompt per line; or a .safetensors file of conditions that `distill/encode.py` wrote. null draws the classes of a class teacher,
+            or nothing for an unconditional one.
         image_size, views, prompts_per_picture: as the teacher was trained with.
         student: folder of a network that the student starts from; the teacher if null.
         sigma_init: noise level of one-step generation; the method's own if null.
@@ -137,11 +139,10 @@ class DistillTask(Task):
         family, method = self.family, self.method
         self.sigma_init = method.sigma_init if config.sigma_init is None else config.sigma_init
         check_levels(family, method, self.sigma_init)
-        self.rows, self.prompts, self.images = self._samples()
         self.table: ConditionTable | None = None
+        self.rows, self.prompts, self.images = self._samples()
         self.distinct = list(dict.fromkeys(row[0] for row in self.prompts if row))
-        is_conditional = bool(self.distinct and family.conditions(self.distinct[:1]))
-        if config.guidance_scale != 1 and not is_conditional:
+        if config.guidance_scale != 1 and not (family.is_text or family.num_classes):
             raise ValueError(f"guidance_scale={config.guidance_scale} needs a teacher with conditions; this one has none.")
         teacher = family.network.eval().requires_grad_(False)
         self.frozen = {"teacher": teacher, **{n: m for n, m in pipe.components.items() if isinstance(m, nn.Module) and m is not teacher}}
@@ -170,32 +171,33 @@ class DistillTask(Task):
     # ---- data ----
 
     def _samples(self) -> tuple[list[int], list[tuple[Any, ...]], Any]:
-        """Return sample numbers, prompts by number (empty for an unconditional teacher), and pictures or None."""
-        config, pipe, needs_images = self.config, self.family.pipe, "images" in self.method.uses
-        classes = getattr(pipe, "class_names", []) if not getattr(pipe, "is_text_model", False) else []
-        width = getattr(pipe.unet, "config", {}).get("label_dim", 0) if hasattr(pipe, "unet") else 0
-        if config.data is None or (Path(config.data).suffix == ".txt"):
+        """Return sample numbers, prompts by number (none for an unconditional teacher), and pictures or None."""
+        config, family, needs_images = self.config, self.family, "images" in self.method.uses
+        suffix = None if config.data is None else Path(config.data).suffix
+        if config.data is None or suffix in (".txt", ".safetensors"):
             if needs_images:
                 raise ValueError(f"method {config.method['name']!r} learns from real pictures: give task_config.data with pictures.")
-            if config.data is not None:
-                lines = [line.strip() for line in Path(config.data).expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
-                if not lines:
-                    raise ValueError(f"task_config.data: {config.data} holds no prompt; give one per line.")
-                return list(range(len(lines))), [(line,) for line in lines], None
-            if getattr(pipe, "is_text_model", False):
+            if suffix == ".safetensors":
+                rows, self.family.empty = read_conditions(str(config.data))
+                self.table = ConditionTable.of_rows(rows)
+                return list(range(len(self.table.index))), [], None
+            if suffix == ".txt":
+                prompts = [(line,) for line in read_lines(str(config.data))]
+                return list(range(len(prompts))), list(prompts), None
+            if family.is_text:
                 raise ValueError("task_config.data: a text teacher needs prompts; give a data set with captions or a text file of them.")
-            return list(range(max(width, 1))), [(i,) for i in range(width)], None
+            return list(range(max(family.num_classes, 1))), [(i,) for i in range(family.num_classes)], None
         data = open_dataset(config.data, config.image_size)
         size = tuple(data[0]["image"].shape)
-        if needs_images and size != self.family.shape:
-            raise ValueError(f"the teacher makes samples of shape {list(self.family.shape)}, the data has {list(size)}; set image_size.")
-        prompts: list[tuple[Any, ...]] = list(prompts_of(data, config.prompts_per_picture)) if width else []
-        if classes:  # a class teacher knows its own names only
-            prompts = [row[:1] for row in prompts]
-        rows = rows_of_views(data, config.views, config.data)
-        used = set(rows)
-        prompts = [prompt if i in used else () for i, prompt in enumerate(prompts)]
-        return rows, prompts, data if needs_images else None
+        if needs_images and size != family.shape:
+            raise ValueError(f"the teacher makes samples of shape {list(family.shape)}, the data has {list(size)}; set image_size.")
+        rows_in_use = rows_of_views(data, config.views, config.data)
+        used = set(rows_in_use)
+        listed: list[tuple[Any, ...]] = []
+        if family.is_text or family.num_classes:  # a class teacher knows its own names only: the plain prompt
+            every = prompts_of(data, config.prompts_per_picture if family.is_text else 1)
+            listed = [row if i in used else () for i, row in enumerate(every)]
+        return rows_in_use, listed, data if needs_images else None
 
     def dataset(self) -> Samples:
         """Return the samples; the conditions of all distinct prompts are computed at the first call."""
@@ -318,22 +320,30 @@ class DistillTask(Task):
         return self.family.pipeline(self.student_of(module), self.sigma_init)
 
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
-        """Return pictures [m, 3, h, w] of the averaged student, fixed latents: the prompts in the settings, else of the batch's own."""
-        own = [self.prompts[i][0] for i in batch["index"].tolist()] if self.prompts else []
-        prompts = (list(self.config.sampling.prompts) or own)[:NUM_SAMPLES]
-        return {"samples": self._make(prompts, list(range(len(prompts) or NUM_SAMPLES)), ctx)}
+        """Return pictures [m, 3, h, w] of the averaged student, fixed latents: the prompts in the settings, else the batch's own."""
+        prompts = list(self.config.sampling.prompts)[:NUM_SAMPLES]
+        if prompts:
+            condition = self.family.conditions(prompts)
+        else:
+            assert self.table is not None
+            condition = self.table.pick(batch["index"][:NUM_SAMPLES], ctx)
+        count = len(prompts) or min(len(batch["index"]), NUM_SAMPLES)
+        return {"samples": self._make(condition, list(range(count)), ctx)}
 
     def generate(self, indices: Sequence[int], ctx: StepContext) -> Tensor:
         """Return pictures [len(indices), 3, h, w] of the averaged student: the distinct first prompts in turn, seed i each."""
-        plain = self.distinct
-        return self._make([plain[i % len(plain)] for i in indices] if plain else [], list(indices), ctx)
+        if self.distinct:
+            return self._make(self.family.conditions([self.distinct[i % len(self.distinct)] for i in indices]), list(indices), ctx)
+        assert self.table is not None
+        condition = self.table.pick(torch.tensor([i % len(self.rows) for i in indices]), ctx)
+        return self._make(condition, list(indices), ctx)
 
-    def _make(self, prompts: Sequence[Any], seeds: list[int], ctx: StepContext) -> Tensor:
-        pipe = self.pipeline(ctx.ema[self.ema[0]])
-        pipe.set_progress_bar_config(disable=True)
-        count = 1 if prompts else len(seeds)
-        output = pipe(list(prompts) or None, num_images_per_prompt=count, generator=seeds, output_type="pt", samples_at_once=len(seeds))
-        return cast(Tensor, output.images)
+    @torch.no_grad()
+    def _make(self, condition: Condition, seeds: list[int], ctx: StepContext) -> Tensor:
+        student, level = self.student_of(ctx.ema[self.ema[0]]), torch.full((len(seeds),), self.sigma_init, device=ctx.device)
+        z = SampleStreams(seeds).normal(*self.family.shape).to(ctx.device)
+        placed = {name: rows.to(ctx.device) for name, rows in condition.items()}
+        return self.family.decode(self.family.denoise(student, self.sigma_init * z, level, placed)).float().clamp(-1, 1)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the one-step pipeline with the teacher's encoders."""
@@ -342,6 +352,21 @@ class DistillTask(Task):
             halves = {name: copy.deepcopy(part).half() for name, part in pipe.components.items() if isinstance(part, nn.Module)}
             pipe.register_modules(**halves)
         pipe.save_pretrained(out)
+
+
+def read_lines(path: str) -> list[str]:
+    """Return the lines of a text file that are not blank.
+
+    Raises:
+        FileNotFoundError: if there is no such file. ValueError: if it holds nothing.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"task_config.data: {path!r} does not exist; give a text file with one prompt per line.")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"task_config.data: {path} holds no prompt; give one per line.")
+    return lines
 
 
 def check_levels(family: Family, method: Method, sigma_init: float) -> None:
@@ -366,6 +391,4 @@ def _mean_over_processes(figures: Tensor) -> Tensor:
 
 def build(config: Config) -> DistillTask:
     """Build the task of a recipe: open the teacher."""
-    from genkit.pipelines.base import GenPipeline
-
-    return DistillTask(config, GenPipeline.from_pretrained(config.teacher))
+    return DistillTask(config, open_teacher(config.teacher))

@@ -4,7 +4,7 @@ loss = lambda(sigma) |D(x + sigma n; sigma, condition) - x|^2, ln sigma ~ N(-1.2
 condition is left out, so that guidance works.
 
 Source: Karras et al. 2022 (arXiv 2206.00364), table 1 and section 5.
-Letters: b batch, c channels, h w rows and columns, l width of the condition.
+Letters: b batch, c channels, h w rows and columns, l width of the condition, u distinct prompts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from genkit.conditioners.text import condition_vector
+from genkit.conditioners.text import condition_vector, encode_text
 from genkit.data.images import ImageFolderDataset, open_dataset
 from genkit.data.views import ViewDataset
 from genkit.distill.denoising import denoising_loss
 from genkit.distill.levels import edm_weight, make_levels
 from genkit.generators.edm import EDMUNet2DModel
 from genkit.generators.preconditioning import EDMPreconditioner
-from genkit.paths import cache_dir
-from genkit.tasks._prompts import PromptTable, captions_of, load_text, prompts_of, rows_of_views, text_table
+from genkit.tasks._conditions import ConditionTable
+from genkit.tasks._prompts import captions_of, load_text, prompts_of, rows_of_views
 from genkit.training.task import Phase, StepContext, Task
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ class Config:
         lr, betas, eps, weight_decay: of AdamW (the decay is 0 as published, which is Adam).
         export_dtype: floating type of the exported weights.
         seed: of the initial weights.
-        cache: folder of the encoded prompts; the user's cache folder if null.
     """
 
     data: str = "data/lowpoly/train.parquet"
@@ -97,7 +96,6 @@ class Config:
     weight_decay: float = 0.0
     export_dtype: Literal["float32", "float16"] = "float32"
     seed: int = 0
-    cache: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.null_probability <= 1:
@@ -109,61 +107,6 @@ class Config:
         if self.flip and self.text_encoder is not None:
             raise ValueError("flip=true mirrors pictures whose prompts may name a side; leave it out for a text model.")
         make_levels(**self.levels)
-
-
-class Conditions:
-    """Conditions of pictures for a network that takes one vector: pooled text, class ids, or nothing.
-
-    Args:
-        data: the pictures.
-        text: text encoder, frozen, and its tokenizer; None for classes or nothing.
-        classes: classes where there is no text.
-        prompts_per_picture: prompts encoded per view.
-
-    Attributes:
-        class_names: names by id, of a class model.
-        dim: width of the condition, 0 for none.
-        prompts: texts of every picture.
-    """
-
-    def __init__(
-        self, data: ViewDataset | ImageFolderDataset, text: tuple[nn.Module, Any] | None, classes: bool, prompts_per_picture: int
-    ) -> None:
-        captions = captions_of(data)
-        self.encoder, self.tokenizer = text or (None, None)
-        self.class_names = sorted(set(captions)) if classes and not text else []
-        ids = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = torch.tensor([ids[caption] for caption in captions] if ids else [], dtype=torch.long)
-        self.prompts = prompts_of(data, prompts_per_picture) if text else [(caption,) for caption in captions]
-        self.dim = int(cast(Any, self.encoder).config.projection_dim) if text else len(self.class_names)
-        self.table: PromptTable | None = None
-
-    def prepare(self, cache: str | None) -> None:
-        """Encode the prompts, once."""
-        if self.encoder is not None:
-            folder = Path(cache).expanduser() if cache else cache_dir()
-            self.table = text_table(folder, self.prompts, self.tokenizer, self.encoder)
-
-    def rows(self, index: Tensor, ctx: StepContext, name: str = "prompt") -> Tensor | None:
-        """Return condition rows [b, l] of pictures index [b]; None for an unconditional model.
-
-        Raises:
-            RuntimeError: before `prepare`.
-        """
-        if not self.dim:
-            return None
-        if self.class_names:
-            return torch.nn.functional.one_hot(self.labels[index.cpu()], self.dim).float().to(ctx.device)
-        if self.table is None:
-            raise RuntimeError("the prompts are not encoded yet; call dataset() first.")
-        never = torch.zeros(len(index), dtype=torch.bool)
-        picked = self.table.pick(index, ctx.rand(name, len(index)), never)
-        return condition_vector(picked["pooled"]).to(ctx.device)
-
-    @property
-    def distinct_prompts(self) -> list[str]:
-        """The plain prompts, or class names, once each."""
-        return list(dict.fromkeys(row[0] for row in self.prompts))
 
 
 class EDMTask(Task):
@@ -179,15 +122,20 @@ class EDMTask(Task):
     ema = ("unet",)
 
     def __init__(self, config: Config, data: ViewDataset | ImageFolderDataset, text: tuple[nn.Module, Any] | None = None) -> None:
-        self.config, self.data = config, data
-        self.conditions = Conditions(data, text, config.classes, config.prompts_per_picture)
+        self.config, self.data, self.tokenizer = config, data, text[1] if text else None
+        captions, width = captions_of(data), 0
+        self.class_names = sorted(set(captions)) if config.classes and not text else []
+        self.prompts = prompts_of(data, config.prompts_per_picture) if text else [(c,) for c in captions] if self.class_names else []
         self.frozen = {"text_encoder": text[0]} if text else {}
+        self.table: ConditionTable | None = None
+        if self.prompts:
+            width = cast(Any, text[0]).config.projection_dim if text else len(self.class_names)
         self.levels = make_levels(**config.levels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = EDMUNet2DModel(
                 sample_size=config.image_size,
-                label_dim=self.conditions.dim,
+                label_dim=width,
                 unet_config=config.model.unet,
                 preconditioner_config=config.model.preconditioner,
                 patch_size=config.model.patch_size,
@@ -199,9 +147,20 @@ class EDMTask(Task):
         self.modules = {"unet": model}
 
     def dataset(self) -> Subset[dict[str, Tensor]]:
-        """Return the pictures, {"image": [3, h, w], "index"}; the encoded prompts are written at the first call."""
-        self.conditions.prepare(self.config.cache)
-        return Subset(self.data, rows_of_views(self.data, self.config.views, self.config.data))
+        """Return the pictures, {"image": [3, h, w], "index"}; the conditions of all distinct prompts are computed at the first call."""
+        rows = rows_of_views(self.data, self.config.views, self.config.data)
+        if self.table is None:
+            used = set(rows)
+            self.table = ConditionTable([row if i in used else () for i, row in enumerate(self.prompts)], self.encode)
+        return Subset(self.data, rows)
+
+    def encode(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
+        """Return the conditions of texts or class names, {"labels": [u, l]}."""
+        if self.tokenizer is None:
+            ids = torch.tensor([self.class_names.index(name) for name in prompts])
+            return {"labels": nn.functional.one_hot(ids, len(self.class_names)).float()}
+        with torch.no_grad():
+            return {"labels": condition_vector(encode_text(list(prompts), self.tokenizer, self.frozen["text_encoder"]).pooled)}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all parameters."""
@@ -214,7 +173,9 @@ class EDMTask(Task):
         images, b = batch["image"], len(batch["image"])
         if self.config.flip:
             images = torch.where(ctx.rand("flip", b, 1, 1, 1) < 0.5, images.flip(-1), images)
-        labels = self.conditions.rows(batch["index"], ctx)
+        if self.table is None:
+            raise RuntimeError("EDMTask: the conditions are not computed yet; call dataset() first.")
+        labels = self.table.pick(batch["index"], ctx).get("labels")
         if labels is not None:
             labels = labels * (ctx.rand("null", b, 1) >= self.config.null_probability)
         draw = ctx.randn if self.levels.draws == "normal" else ctx.rand
@@ -234,29 +195,28 @@ class EDMTask(Task):
             unet=cast(EDMUNet2DModel, unet),
             scheduler=EDMHeunScheduler(),
             text_encoder=self.frozen.get("text_encoder"),
-            tokenizer=self.conditions.tokenizer,
-            id2label=dict(enumerate(self.conditions.class_names)) or None,
+            tokenizer=self.tokenizer,
+            id2label=dict(enumerate(self.class_names)) or None,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
         )
 
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
         """Return pictures [m, 3, h, w] of the prompts in the settings, else of the batch's own, with fixed seeds."""
-        own = [self.conditions.prompts[i][0] for i in batch["index"].tolist()]
+        own = [self.prompts[i][0] for i in batch["index"].tolist()] if self.prompts else []
         prompts = (list(self.config.sampling.prompts) or own)[:NUM_SAMPLES]
-        return {"samples": self._make(prompts, list(range(len(prompts))), ctx)}
+        return {"samples": self._make(prompts, list(range(len(prompts) or NUM_SAMPLES)), ctx)}
 
     def generate(self, indices: Sequence[int], ctx: StepContext) -> Tensor:
         """Return pictures [len(indices), 3, h, w] of the averaged weights: the distinct plain prompts in turn, seed i each."""
-        plain = self.conditions.distinct_prompts
-        return self._make([plain[i % len(plain)] for i in indices], list(indices), ctx)
+        plain = list(dict.fromkeys(row[0] for row in self.prompts))
+        return self._make([plain[i % len(plain)] for i in indices] if plain else [], list(indices), ctx)
 
     def _make(self, prompts: Sequence[str], seeds: list[int], ctx: StepContext) -> Tensor:
         pipe = self.pipeline(ctx.ema["unet"])
         pipe.set_progress_bar_config(disable=True)
-        prompt = list(prompts) if self.conditions.dim else None
-        count = 1 if prompt else len(seeds)
-        output = pipe(prompt, num_images_per_prompt=count, generator=seeds, output_type="pt", samples_at_once=len(seeds))
+        count = 1 if prompts else len(seeds)
+        output = pipe(list(prompts) or None, num_images_per_prompt=count, generator=seeds, output_type="pt", samples_at_once=len(seeds))
         return cast(Tensor, cast("ImageOutput", output).images)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:

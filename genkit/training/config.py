@@ -15,7 +15,7 @@ TRACKERS = ("tensorboard", "wandb")
 # What may differ between a checkpoint and the run that resumes it; every other field decides the trained weights.
 FREE_FIELDS = (
     "out", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "evaluate_every", "evaluate", "trackers",
-    "num_workers",
+    "num_workers", "ema_device",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ class TrainConfig:
         lr_floor: where cosine ends, as a fraction of the rate, in [0, 1].
         ema_decay: share of the average kept per step, in [0, 1).
         ema_warmup: lower the decay early to (1 + step) / (10 + step).
+        ema_device: where the average is kept; "cpu" spares the accelerator's memory, for tasks whose steps do not use the average.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: how many to keep.
         log_every: steps between lines of metrics.
@@ -65,6 +66,7 @@ class TrainConfig:
     lr_floor: float = 0.0
     ema_decay: float = 0.999
     ema_warmup: bool = True
+    ema_device: Literal["same", "cpu"] = "same"
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
@@ -85,6 +87,7 @@ class TrainConfig:
         _require("warmup", self.warmup, self.warmup <= self.steps, f"at most train.steps={self.steps}")
         _require("lr_floor", self.lr_floor, 0 <= self.lr_floor <= 1, "in [0, 1]")
         _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
+        _require("ema_device", self.ema_device, self.ema_device in ("same", "cpu"), "same or cpu")
         _require("evaluate", self.evaluate, not self.evaluate_every or self.evaluate is not None, "given where train.evaluate_every is")
         clip = self.grad_clip
         _require("grad_clip", clip, clip is None or (clip > 0 and math.isfinite(clip)), "above 0, or null for no clipping")

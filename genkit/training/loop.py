@@ -277,7 +277,8 @@ class Trainer:
         self.raw = {name: module.to(device).train() for name, module in task.modules.items()}
         for module in task.frozen.values():
             module.to(device).eval().requires_grad_(False)
-        self.ema = EMA({choose(n, self.raw, "module in Task.ema:"): self.raw[n] for n in task.ema}, config.ema_decay, config.ema_warmup)
+        averaged = {choose(n, self.raw, "module in Task.ema:"): self.raw[n] for n in task.ema}
+        self.ema = EMA(averaged, config.ema_decay, config.ema_warmup, torch.device("cpu") if config.ema_device == "cpu" else None)
         optimizers = task.optimizers()
         check_owned(self.raw, optimizers)
         for optimizer in optimizers.values():
@@ -308,7 +309,7 @@ class Trainer:
         config = self.config
         log.advance(step, losses)
         if config.evaluate is not None and config.evaluate_every and step % config.evaluate_every == 0:
-            with torch.no_grad():
+            with torch.no_grad(), self.ema.on(self.accelerator.device):
                 metrics |= evaluation.measure(self.task, self.raw, config.evaluate, self._context(step, 0))
         if metrics:
             names = {name: "loss" if len(losses) == 1 else f"loss/{name}" for name in losses}
@@ -326,7 +327,7 @@ class Trainer:
         device = self.accelerator.device
         for module in self.raw.values():
             module.eval()
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.ema.on(device):
             grids = self.task.sample(send_to_device(batch, device), StepContext(step, self.config.seed, device, self.ema.modules))
         for module in self.raw.values():
             module.train()
