@@ -5,9 +5,16 @@ Letters: b batch, nq queries, nk keys, hd head width, vd value width.
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from genkit.blocks.forward_mode import has_tangent
 
 
 def attend(
@@ -22,7 +29,8 @@ def attend(
 ) -> Tensor:
     """Compute softmax(q k^T * scale + bias) v over the allowed keys.
 
-    The softmax runs in float32 inside the kernels whatever the input's dtype. A query without any allowed key gives 0.
+    The softmax runs in float32 inside the kernels whatever the input's dtype. A query without any allowed key gives 0. Forward mode works;
+    for second derivatives choose the kernel that has them: `with sdpa_kernel(SDPBackend.MATH)` of `torch.nn.attention`.
 
     Args:
         q: [b, heads, nq, hd].
@@ -66,10 +74,16 @@ def attend(
             logits_bias = _allowed(None, True, nq, nk, q.device)
         out = _explicit(q, k, v, logits_bias, scale)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits_bias, is_causal=plain_causal, scale=scale, enable_gqa=grouped)
+        with _kernels(q, k, v):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=logits_bias, is_causal=plain_causal, scale=scale, enable_gqa=grouped)
     if out.shape[-1] != value_width:
         out = out[..., :value_width]
     return out if empty is None else out.masked_fill(empty, 0.0)
+
+
+def _kernels(*tensors: Tensor) -> AbstractContextManager[None]:
+    """Leave the choice of the kernel to PyTorch, but in forward mode (`torch.func.jvp`) take the one that has it: fused ones do not."""
+    return cast(AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH)) if has_tangent(*tensors) else contextlib.nullcontext()
 
 
 def _explicit_is_faster(q: Tensor, nk: int) -> bool:

@@ -13,11 +13,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genkit.blocks.attend import attend
+from genkit.blocks.forward_mode import has_tangent
 
 Resampling = Literal["up", "down"]
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group norm that is written out in forward mode, where PyTorch's refuses tangents that do not lie in memory as their tensor does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not has_tangent(x):
+            return super().forward(x)
+        rows = x.reshape(len(x), self.num_groups, -1)
+        centred = rows - rows.mean(-1, keepdim=True)
+        normed = centred * (centred.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return normed.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
+def group_norm(channels: int, eps: float) -> GroupNorm:
     """Return a norm over at most 32 groups of at least 4 channels.
 
     Raises:
@@ -29,7 +42,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
             f"EDM network: {channels} channels (of a level, or of two that the decoder joins) do not divide into min(32, channels // 4) = "
             f"{groups} groups of the norms; choose other model_channels or channel_mult."
         )
-    return nn.GroupNorm(groups, channels, eps=eps)
+    return GroupNorm(groups, channels, eps=eps)
 
 
 class Resample(nn.Module):

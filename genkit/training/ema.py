@@ -20,9 +20,7 @@ class EMA:
         device: where the averages are kept; that of the modules if None.
     """
 
-    def __init__(
-        self, modules: Mapping[str, nn.Module], decay: float, use_warmup: bool = True, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float, use_warmup: bool = True, device: torch.device | None = None) -> None:
         self.decay, self.use_warmup, self.device = decay, use_warmup, device
         self.modules = {name: _averaged(module).to(device) for name, module in modules.items()}
 
