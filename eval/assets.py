@@ -87,13 +87,14 @@ def generator_report(args: argparse.Namespace) -> dict[str, object]:
     train = ViewDataset(args.train, SIZE)
     builder = PromptBuilder.from_views(train)
     count, fake, asked, objects, start = args.images_per_object, [], [], [], time.perf_counter()
+    names = ("guidance_scale", "token_temperature", "mask_temperature")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options |= {"num_inference_steps": args.steps} if args.steps is not None else {}
     for o in range(len(train.captions)):
         seeds = [args.seed + o * count + i for i in range(count)]
         images = pipe(
-            builder.plain(o), num_images_per_prompt=count, generator=seeds, output_type="pt",
-            num_inference_steps=args.steps, guidance_scale=args.guidance_scale, samples_at_once=count,
-            token_temperature=args.token_temperature, mask_temperature=args.mask_temperature,
-        ).images  # fmt: skip
+            builder.plain(o), num_images_per_prompt=count, generator=seeds, output_type="pt", samples_at_once=count, **options
+        ).images
         fake.append(network.features(images))
         asked += [train.captions[o]] * count
         objects += [o] * count

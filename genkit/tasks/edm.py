@@ -28,6 +28,7 @@ from genkit.generators.edm import EDMUNet2DModel
 from genkit.generators.preconditioning import EDMPreconditioner
 from genkit.tasks._conditions import ConditionTable
 from genkit.tasks._prompts import captions_of, load_text, prompts_of, rows_of_views
+from genkit.training.optimizers import kernels, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Config:
         levels: law of the noise levels, see `genkit.distill.levels`.
         sampling: of the sample grids and the exported pipeline.
         start: folder of a denoiser (`.../export/unet`) whose weights the training starts from; null starts anew.
-        lr, betas, eps, weight_decay: of AdamW (the decay is 0 as published, which is Adam).
+        optimizer: "adamw", which is the published Adam at a decay of 0, or "muon": Muon for kernels and matrices of the blocks, AdamW for
+            the rest.
+        lr, betas, eps, weight_decay: of the optimizer; Muon shares rate and decay.
         export_dtype: floating type of the exported weights.
         seed: of the initial weights.
     """
@@ -90,6 +93,7 @@ class Config:
     levels: dict[str, Any] = field(default_factory=lambda: {"name": "lognormal"})
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     start: str | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -165,6 +169,9 @@ class EDMTask(Task):
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all parameters."""
         c = self.config
+        if c.optimizer == "muon":
+            blocks, rest = kernels(self.modules["unet"], ("unet.enc.", "unet.dec."))
+            return {"main": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
         settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
         return {"main": torch.optim.AdamW(self.modules["unet"].parameters(), **settings)}
 

@@ -53,13 +53,48 @@ class CombinedOptimizer(torch.optim.Optimizer):
         self._share()
 
 
+class FlatMuon(torch.optim.Optimizer):
+    """torch's Muon for matrices and for kernels of convolutions, which it takes as matrices [out, in * h * w].
+
+    Args:
+        params: parameters of two or more axes.
+        lr: peak learning rate, AdamW's scale.
+        weight_decay: decoupled.
+
+    Raises:
+        ImportError: if this torch has no Muon.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ImportError(f"optimizer 'muon' needs torch 2.9 or newer, got {torch.__version__}; upgrade torch or choose 'adamw'.")
+        own = list(params)
+        self.flat = {p: nn.Parameter(p.detach().flatten(1)) for p in own}  # share the memory of what they flatten
+        self.muon = torch.optim.Muon(list(self.flat.values()), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__(own, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step on the gradients at hand; the state lies under the real parameters."""
+        self.muon.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        for p, flat in self.flat.items():
+            if flat.data_ptr() != p.data_ptr():
+                raise RuntimeError("FlatMuon: a parameter was moved after the optimizer was built; build optimizers last.")
+            flat.grad = None if p.grad is None else p.grad.flatten(1)
+            self.muon.state[flat] = self.state[p]
+        self.muon.step()
+        for p, flat in self.flat.items():
+            self.state[p], flat.grad = self.muon.state[flat], None
+        return None
+
+
 def muon_with_adamw(
     matrices: Iterable[Tensor], others: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float
 ) -> CombinedOptimizer:
     """Return Muon over the matrices and AdamW over the rest, with one learning rate and decay.
 
     Args:
-        matrices: parameters [m, n] inside blocks.
+        matrices: parameters [m, n] inside blocks, or kernels of convolutions.
         others: all other parameters.
         lr: peak learning rate, AdamW's scale.
         betas: of AdamW.
@@ -68,10 +103,21 @@ def muon_with_adamw(
     Raises:
         ImportError: if this torch has no Muon.
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise ImportError(f"optimizer 'muon' needs torch 2.9 or newer, got {torch.__version__}; upgrade torch or choose 'adamw'.")
-    muon = torch.optim.Muon(list(matrices), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = FlatMuon(matrices, lr, weight_decay)
     return CombinedOptimizer(muon, torch.optim.AdamW(list(others), lr=lr, betas=betas, weight_decay=weight_decay))
+
+
+def kernels(module: nn.Module, where: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Split a convolutional model's trained parameters into matrices and kernels below some submodules, and the rest.
+
+    Args:
+        module: the model.
+        where: prefixes of names.
+    """
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    is_matrix = [name.startswith(where) and p.ndim > 1 for name, p in trained]
+    matrices = [p for (_, p), inside in zip(trained, is_matrix, strict=True) if inside]
+    return matrices, [p for (_, p), inside in zip(trained, is_matrix, strict=True) if not inside]
 
 
 def block_matrices(module: nn.Module, blocks: str = "blocks") -> tuple[list[nn.Parameter], list[nn.Parameter]]:
