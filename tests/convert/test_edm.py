@@ -7,7 +7,6 @@ import pickle
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,8 @@ def persistent(tensors: dict[str, Tensor], class_name: str, arguments: dict[str,
             for key, value in own.items():
                 block, _, rest = key.partition(".")
                 groups.setdefault(block, {})[rest] = value
-            container._modules = OrderedDict((block, persistent(part, "UNetBlock")) for block, part in groups.items())  # type: ignore[assignment]
+            blocks: Any = OrderedDict((block, persistent(part, "UNetBlock")) for block, part in groups.items())
+            container._modules = blocks
             state["_modules"][name] = container
         else:
             state["_modules"][name] = persistent(own, "SongUNet" if name == "model" else "Linear")
@@ -143,7 +143,7 @@ class Harmful:
 
 class HarmfulNumber:
     def __reduce__(self) -> tuple[Any, ...]:
-        scalar: Callable[..., Any] = np.float64(1).__reduce__()[0]
+        scalar: Any = np.float64(1).__reduce__()[0]
         return scalar, (np.dtype("O"), b"")
 
 

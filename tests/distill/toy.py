@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ def denoiser(label_dim: int = 2, seed: int = 0) -> EDMUNet2DModel:
     return model.eval()
 
 
-def teacher(label_dim: int = 2, seed: int = 0) -> EDMPipeline:
-    """Return a pipeline around it."""
+def teacher(label_dim: int = 2, seed: int = 0) -> Any:
+    """Return an `EDMPipeline` around it."""
     pipe = EDMPipeline(denoiser(label_dim, seed), EDMHeunScheduler(), id2label=dict(NAMES) if label_dim else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -123,7 +123,7 @@ def test_forward_mode_and_second_derivatives_go_through_the_network() -> None:
     def f(x: Tensor) -> Tensor:
         return model(x, sigma, labels).sample
 
-    _, tangent = torch.func.jvp(f, (x,), (direction,))
+    tangent = torch.func.jvp(f, (x,), (direction,))[1]
     step = 1e-2
     numeric = (f(x + step * direction) - f(x - step * direction)) / (2 * step)
     assert float((tangent - numeric).norm() / numeric.norm()) < 1e-2
@@ -165,7 +165,7 @@ def test_wrong_conditions_are_refused() -> None:
 def test_box_resampling_needs_no_convolution() -> None:
     x = torch.randn(2, 3, 6, 6)
     for resampling in ("up", "down"):
-        fast, slow = Resample(resampling), Resample(resampling)  # type: ignore[arg-type]
+        fast, slow = Resample(resampling), Resample(resampling)
         slow.is_box = False
         assert_close(fast(x), slow(x), rtol=1e-6, atol=1e-6)
     conv = ResampleConv2d(3, 5, 1, "up")

@@ -28,7 +28,7 @@ def sample(scheduler: EDMHeunScheduler, latents: Tensor, steps: int) -> tuple[Te
     x, generator = latents.double() * scheduler.init_noise_sigma, torch.Generator().manual_seed(1)
     for sigma in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, sigma, generator=generator)
-        x = scheduler.step(exact(scaled, float(sigma)), sigma, x).prev_sample
+        x = scheduler.step(exact(scaled, float(sigma)), sigma, x, return_dict=False)[0]
     return x, len(scheduler.timesteps)
 
 
@@ -72,13 +72,13 @@ def test_error_falls_with_the_square_of_the_steps() -> None:
 @pytest.mark.parametrize("scaling", ["none", "vp"])
 def test_every_schedule_and_scaling_ends_at_the_same_picture(schedule: str, scaling: str) -> None:
     latents = torch.full((1, 1, 1, 1), 0.7)
-    scheduler = EDMHeunScheduler(schedule=schedule, scaling=scaling)  # type: ignore[arg-type]
+    scheduler = EDMHeunScheduler(schedule=schedule, scaling=scaling)
     assert_close(float(sample(scheduler, latents, 200)[0]), 0.7 * STD, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("discretization", ["edm", "vp", "ve", "iddpm"])
 def test_levels_fall_from_end_to_end(discretization: str) -> None:
-    scheduler = EDMHeunScheduler(discretization=discretization, solver="euler")  # type: ignore[arg-type]
+    scheduler = EDMHeunScheduler(discretization=discretization, solver="euler")
     scheduler.set_timesteps(12)
     levels = scheduler.timesteps.tolist()
     low, high = scheduler.range()
@@ -102,10 +102,11 @@ def test_one_step_and_resuming() -> None:
     for i, sigma in enumerate(scheduler.timesteps):
         if i == 4:
             saved = x.clone()
-        x = scheduler.step(exact(scheduler.scale_model_input(x, sigma), float(sigma)), sigma, x).prev_sample
+        x = scheduler.step(exact(scheduler.scale_model_input(x, sigma), float(sigma)), sigma, x, return_dict=False)[0]
     scheduler.go_to(2)
     for sigma in scheduler.timesteps[4:]:
-        saved = scheduler.step(exact(scheduler.scale_model_input(saved, sigma), float(sigma)), sigma, saved).prev_sample
+        denoised = exact(scheduler.scale_model_input(saved, sigma), float(sigma))
+        saved = scheduler.step(denoised, sigma, saved, return_dict=False)[0]
     assert torch.equal(saved, whole) and torch.equal(x, whole)
 
 

@@ -16,7 +16,7 @@ from genkit.conditioners.text import EncodedText, encode_text
 from genkit.data.tokens import TokenCache
 from genkit.generators.enat import ENATTransformer2DModel
 from genkit.pipelines.outputs import ImageOutput
-from genkit.tasks import enat
+from genkit.tasks import _prompts, enat
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
 from genkit.tasks._prompts import build_prompt_table
 from genkit.tasks.text_encoder import train_tokenizer
@@ -112,7 +112,7 @@ def test_tokens_and_prompts_are_written_once_and_mapped(folders: Path, text: boo
     assert first.codes.dtype == "uint16"
     again = build(folders, text)
     monkeypatch.setattr(again, "_encode", lambda rows: pytest.fail("encoded again"))
-    monkeypatch.setattr(enat, "encode_text", lambda *args: pytest.fail("encoded again"))
+    monkeypatch.setattr(_prompts, "encode_text", lambda *args: pytest.fail("encoded again"))
     assert torch.equal(cast(TokenCache, again.dataset()).indices(slice(0, NUM_VIEWS)), first.indices(slice(0, NUM_VIEWS)))
 
 
