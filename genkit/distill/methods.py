@@ -44,7 +44,7 @@ class Work:
         mean_velocity: the student as an average velocity, for MeanFlow.
         generate: (noise [b, ...], whether to keep the graph) -> the student's pictures.
         bottleneck: (x, sigma, whether the critic is trained) -> the critic's lowest activations.
-        head: discriminator on them, or None.
+        head: discriminator on them, or None; head_as_input: the same where only gradients of its input are wanted.
         networks: those that are trained beside the student, by role, to freeze for a while.
         images: [b, ...] real pictures, or None.
         normal: name -> standard normal draws [b, ...] of a picture's shape, which belong to samples.
@@ -66,6 +66,7 @@ class Work:
     mean_velocity: MeanVelocity | None = None
     bottleneck: Callable[[Tensor, Tensor, bool], Tensor] | None = None
     head: nn.Module | None = None
+    head_as_input: nn.Module | None = None
     images: Tensor | None = None
     sigma_data: float = 0.5
 
@@ -225,11 +226,11 @@ class ScoreMatching(Method):
         if self.gan is None or self.gan.divergence is None or picture is None:
             return None
         assert work.bottleneck is not None
-        assert work.head is not None
+        assert work.head_as_input is not None
         if len(picture) < 2:
             raise ValueError("f-distill divides its weights by their mean over the batch, got a batch of one; use at least 2 per process.")
         with torch.no_grad():
-            logits = work.head(work.bottleneck(picture + per_sample(sigma, picture) * noise, sigma, False))
+            logits = work.head_as_input(work.bottleneck(picture + per_sample(sigma, picture) * noise, sigma, False))
         return adversarial.f_divergence_weight(logits, self.gan.divergence)
 
     def with_adversary(self, work: Work, phase: Phase, made: Tensor, sigma: Tensor, noise: Tensor) -> Phase:
@@ -237,8 +238,8 @@ class ScoreMatching(Method):
         if not self.gan:
             return phase
         assert work.bottleneck is not None
-        assert work.head is not None
-        found = adversarial.generator_loss(work.head(work.bottleneck(made + per_sample(sigma, made) * noise, sigma, False)))
+        assert work.head_as_input is not None
+        found = adversarial.generator_loss(work.head_as_input(work.bottleneck(made + per_sample(sigma, made) * noise, sigma, False)))
         return Phase(phase.optimizer, phase.loss + self.gan.weight * found, {**phase.logs, "adversarial": found.detach()})
 
 

@@ -305,6 +305,7 @@ class DistillTask(Task):
             critic_as_input=self._denoiser(self._caller("critic", False), condition) if has_critic else None,
             bottleneck=bottleneck,
             head=self.modules.get("head"),
+            head_as_input=others.get("head"),
             images=batch.get("image"),
             sigma_data=family.sigma_data,
         )

@@ -27,7 +27,7 @@ from torch.utils.data import Subset
 from genkit.data.images import ImageFolderDataset, open_dataset
 from genkit.data.tokens import TokenCache, TokenMeta, build_cache
 from genkit.data.views import ViewDataset
-from genkit.generators.enat import ENATTransformer2DModel
+from genkit.generators.enat import ENATState, ENATTransformer2DModel
 from genkit.generators.enat_index import positions_where
 from genkit.paths import cache_dir
 from genkit.schedulers.masked_token import MaskedTokenScheduler
@@ -230,13 +230,8 @@ class ENATTask(Task):
         ids = codes.masked_fill(is_masked, mask_id)
         masked_index = positions_where(is_masked, count)
 
-        condition, state = self.condition(batch["index"], ctx), None
-        is_reuse = ctx.draw("reuse") < config.reuse_probability
-        if is_reuse:
-            num_new = round((n - count) * ctx.draw("num_new"))
-            previous = mask_more(ids, ctx.rand("new", b, n), num_new, mask_id)
-            with torch.no_grad():
-                state = ctx.ema["transformer"](previous, condition, logits_at="none").state
+        condition = self.condition(batch["index"], ctx)
+        state = self.earlier_state(ids, condition, count, ctx)
 
         if net.config.num_classes is not None:  # this second drop is the trained network's alone
             condition["class_labels"] = net.drop_labels(condition["class_labels"], ctx.rand("class_dropout", b))
@@ -246,7 +241,24 @@ class ENATTask(Task):
         targets = codes.gather(1, masked_index)
         loss = masked_cross_entropy(out.logits, targets, config.label_smoothing)
         accuracy = (out.logits.detach().argmax(-1) == targets).float().mean()
-        yield Phase("main", loss, {"accuracy": accuracy, "masked": count / n, "reuse": float(is_reuse)})
+        yield Phase("main", loss, {"accuracy": accuracy, "masked": count / n, "reuse": float(state is not None)})
+
+    def earlier_state(self, ids: Tensor, condition: dict[str, Tensor], count: int, ctx: StepContext) -> ENATState | None:
+        """Return, as often as configured, the averaged model's features of a grid with more masked tokens, to continue from.
+
+        Args:
+            ids: [b, n] grid.
+            condition: of the samples.
+            count: masked tokens of the grid.
+            ctx: of the step.
+        """
+        if ctx.draw("reuse") >= self.config.reuse_probability:
+            return None
+        net, (b, n) = cast(ENATTransformer2DModel, self.raw("transformer")), ids.shape
+        num_new = round((n - count) * ctx.draw("num_new"))
+        previous = mask_more(ids, ctx.rand("new", b, n), num_new, net.mask_token_id)
+        with torch.no_grad():
+            return cast(ENATState, ctx.ema["transformer"](previous, condition, logits_at="none").state)
 
     def condition(self, index: Tensor, ctx: StepContext) -> dict[str, Tensor]:
         """Return the condition of pictures index [b], as `prepare_condition` takes it; now and then the null one."""

@@ -284,7 +284,8 @@ class Trainer:
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        task.modules = {name: self.accelerator.prepare_model(module) for name, module in self.raw.items()}
+        has_weights = {name: any(p.requires_grad for p in module.parameters()) for name, module in self.raw.items()}
+        task.modules = {n: self.accelerator.prepare_model(m) if has_weights[n] else m for n, m in self.raw.items()}
         self.optimizers = {name: self.accelerator.prepare_optimizer(optimizer) for name, optimizer in optimizers.items()}
 
     def _batches(self, first: int, last: int) -> Iterator[Batch]:

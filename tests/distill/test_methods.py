@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -247,3 +252,20 @@ def test_methods_take_their_options_by_name() -> None:
         make_method("sim", huber=1)
     with pytest.raises(ValueError, match="goes with DMD's rule"):
         make_method("sim", gan={"weight": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [{"name": "sim"}, {"name": "dmd2", "plan": {"critic_updates": 2}}])
+def test_two_processes_train_what_one_trains(method: dict[str, Any], data: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("processes.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512"]
+    for name, command in (("one", [sys.executable]), ("two", launch)):
+        config = {"out": str(tmp_path / name), "steps": 3, "batch_size": 4, "checkpoint_every": 3, "log_every": 1}
+        arguments = [*command, str(script), data, json.dumps(method), json.dumps(config)]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:6000]
+    assert "processes 2" in done.stdout
+    ends = [load_file(tmp_path / name / "checkpoints" / "step-00000003" / "student.ema.safetensors") for name in ("one", "two")]
+    for key, value in ends[0].items():
+        assert_close(ends[1][key], value, rtol=1e-3, atol=2e-5)
