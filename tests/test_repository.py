@@ -17,21 +17,21 @@ from genkit.paths import LAUNCH_FOLDERS, pretrained_dir, recipes_dir
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
-BASE = {"checks", "paths", "weights", "catalogue"}  # leaves of the package
+BASE = {"checks", "paths", "weights", "persistent_pickle", "catalogue"}  # leaves of the package
 NETWORKS = {"blocks", "tokenizers", "generators", "conditioners", "schedulers", "data"}
 # The table of docs/architecture.md: what the modules of a folder may import when they are loaded.
 MAY_IMPORT = {
     "blocks": set(),
     "tokenizers": {"blocks"},
-    "generators": {"blocks"},
+    "generators": {"blocks", "schedulers"},
     "conditioners": {"blocks"},
     "schedulers": set(),
     "data": set(),
     "eval": {"blocks", "data"},
     "training": {"data", "eval"},
     "pipelines": NETWORKS,
-    "distill": NETWORKS,
-    "tasks": NETWORKS | {"distill", "training", "eval"},
+    "distill": NETWORKS | {"training"},
+    "tasks": NETWORKS | {"pipelines", "distill", "training", "eval"},
     "convert": {"blocks", "tokenizers", "generators", "schedulers"},
     "parity": NETWORKS | {"pipelines", "distill", "tasks", "training", "eval", "convert"},
     "cli": set(),
