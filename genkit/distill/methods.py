@@ -101,7 +101,8 @@ class Method(ABC):
     """One objective.
 
     Attributes:
-        uses: roles beside the student: "teacher", "critic", "head" (discriminator), "images" (real pictures).
+        uses: roles beside the student: "teacher", "critic", "head" (discriminator), "images" (real pictures), and "two_times" where the
+            student is a network of two times.
         sigma_init: noise level of one-step generation, unless the recipe says otherwise.
     """
 
@@ -291,7 +292,7 @@ class MeanFlow(Method):
         warmup_steps: over which the derivative comes in.
     """
 
-    uses: ClassVar[frozenset[str]] = frozenset({"images"})
+    uses: ClassVar[frozenset[str]] = frozenset({"images", "two_times"})
     different: float = 0.5
     mean: float = -0.4
     std: float = 1.0

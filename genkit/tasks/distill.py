@@ -137,6 +137,11 @@ class DistillTask(Task):
     def __init__(self, config: Config, pipe: Any) -> None:
         self.config, self.family, self.method = config, family_of(pipe), make_method(**config.method)
         family, method = self.family, self.method
+        if "two_times" in method.uses:
+            raise ValueError(
+                f"method {config.method['name']!r} trains a network of two times, u(x, r, t), and {type(family.network).__name__} has one; "
+                "use genkit.distill.methods.MeanFlow with a network of your own."
+            )
         self.sigma_init = method.sigma_init if config.sigma_init is None else config.sigma_init
         check_levels(family, method, self.sigma_init)
         self.table: ConditionTable | None = None

@@ -101,7 +101,7 @@ def test_mean_flow_trains_its_student_alone() -> None:
     (phase,) = MeanFlow().step(work)
     phase.loss.backward()
     assert all(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in net.parameters())
-    assert MeanFlow.uses == {"images"}
+    assert MeanFlow.uses == {"images", "two_times"}
 
 
 def test_sequential_and_naive_training_agree(data: str) -> None:
@@ -220,6 +220,7 @@ def test_conditions_of_teachers_without_pictures(tmp_path: Path) -> None:
         ({"method": {"name": "dmd2"}, "data": None}, "learns from real pictures"),
         ({"image_size": 4, "method": {"name": "dmd2"}}, r"shape \[3, 8, 8\], the data has \[3, 4, 4\]"),
         ({"lora": 2, "student": "other"}, "cannot start from another"),
+        ({"method": {"name": "mean_flow"}}, "EDMUNet2DModel has one"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(options: dict[str, Any], message: str, data: str) -> None:
