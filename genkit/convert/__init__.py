@@ -133,7 +133,7 @@ def _read(converter: ModuleType, file: Path, is_asked: bool = False) -> tuple[di
         return found
     if is_asked and file.suffix == ".pkl":
         return {}, "", {}
-    return (*read_checkpoint(file), {})
+    return (*read_checkpoint(file, getattr(converter, "WRAPPERS", ("state_dict",))), {})
 
 
 def _checkpoint_file(path: Path, converter: ModuleType) -> Path:

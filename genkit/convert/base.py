@@ -6,6 +6,8 @@ A system has one file `genkit/convert/<system>.py`. It holds a table of rows and
     FILES: tuple[str, ...]                file names looked for in an official folder, best first
     COMPONENT: str                        name of the model inside a pipeline ("transformer", "vqvae")
     PIPELINE: str | None                  class of the pipeline it belongs to
+    WRAPPERS: tuple[str, ...]             keys under which the state dict may lie in a file, where it is not "state_dict"
+    read(path) -> (state, note, options)  reader of files that are no plain checkpoints, None for others; optional
     recognise(shapes) -> bool             does a file with these keys and shapes hold this system?
     from_official(state, **options) -> (model, report)
     to_official(model) -> state

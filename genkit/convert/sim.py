@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffusers import PixArtTransformer2DModel
 
 COMPONENT, PIPELINE = "transformer", "PixArtOneStepPipeline"
+WRAPPERS = ("ema", "state_dict")
 FILES = ("SIM-DiT-600M.pth", "SIM_T2I_600M.pth", "model.pth")
 OFFICIAL = (
     OfficialModel(

@@ -9,6 +9,7 @@ Letters: b batch, c h w of a picture or latent, l width of the condition.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,6 +33,7 @@ class Family:
         shape: of one sample, (c, h, w).
         sigma_range: noise levels that the network knows.
         sigma_data: standard deviation of the data.
+        levels: law of the student's noise levels, for methods whose own law reaches beyond the range.
         is_text: whether prompts are text.
         num_classes: of a class model, else 0.
     """
@@ -42,6 +44,7 @@ class Family:
     shape: tuple[int, ...]
     sigma_range: tuple[float, float] = (0.0, float("inf"))
     sigma_data: float = 0.5
+    levels: ClassVar[Mapping[str, Any] | None] = None
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -144,6 +147,7 @@ class PixArtFamily(Family):
     compared = ("sample_size", "in_channels", "caption_channels", "patch_size")
     sigma_data = 1.0
     is_text = True
+    levels = MappingProxyType({"name": "karras", "sigma_min": 0.0101})
 
     def __init__(self, pipe: Any) -> None:
         super().__init__(pipe)

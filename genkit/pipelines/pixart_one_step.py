@@ -123,7 +123,7 @@ class PixArtOneStepPipeline(GenPipeline):
         return output if return_dict else output.to_tuple()
 
     def encode_prompt(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return the states [p, m, d] and the mask [p, m] of texts, each padded to 120 tokens.
+        """Return the states [p, m, d] and the mask [p, m] of texts, each by itself, padded to 120 tokens.
 
         Raises:
             ValueError: if the pipeline has no text encoder, or no text is given.
@@ -132,7 +132,8 @@ class PixArtOneStepPipeline(GenPipeline):
             raise ValueError("PixArtOneStepPipeline: this pipeline has no text encoder; give caption and caption_mask instead of a prompt.")
         if not texts:
             raise ValueError("prompt is an empty list; give at least one text.")
-        return encode_caption(texts, self.tokenizer, self.text_encoder, self.transformer.dtype)
+        encoded = [encode_caption([text], self.tokenizer, self.text_encoder, self.transformer.dtype) for text in texts]
+        return torch.cat([states for states, _ in encoded]), torch.cat([mask for _, mask in encoded])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents [b, c, h, w] to pictures [b, 3, h', w'], about [-1, 1]."""

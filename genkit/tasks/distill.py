@@ -136,7 +136,10 @@ class DistillTask(Task):
 
     def __init__(self, config: Config, pipe: Any) -> None:
         self.config, self.family, self.method = config, family_of(pipe), make_method(**config.method)
-        family, method = self.family, self.method
+        family = self.family
+        if family.levels is not None and "levels" not in config.method and 0 < self.method.level_range()[0] < family.sigma_range[0]:
+            self.method = make_method(**config.method, levels=family.levels)
+        method = self.method
         if "two_times" in method.uses:
             raise ValueError(
                 f"method {config.method['name']!r} trains a network of two times, u(x, r, t), and {type(family.network).__name__} has one; "
@@ -248,7 +251,7 @@ class DistillTask(Task):
         """Return a network as a role; wrapped where its gradients are exchanged between processes."""
         name = role if self.shared is None else "network"
         module = self.modules[name] if wrapped else self.raw(name)
-        return module if self.shared is None else lambda *args: module(role, *args)
+        return module if self.shared is None else lambda *args, **kwargs: module(role, *args, **kwargs)
 
     def _denoiser(self, network: Callable[..., Any], condition: Condition) -> Denoiser:
         return lambda x, sigma: self.family.denoise(network, x, sigma, condition)
