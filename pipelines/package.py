@@ -3,7 +3,8 @@ r"""Put a trained text-to-picture pipeline into the package: half precision, its
     python pipelines/package.py runs/enat_lowpoly/export enat-lowpoly --text text-lowpoly \
         --summary "text to 64x64 pictures of low-poly game assets" --licence Apache-2.0 --prompt "a wooden table" --prompt "a tree"
 
-Writes `genkit/pretrained/<name>` and, with --text, `genkit/pretrained/<text>/{text_encoder,tokenizer}`, which other models may share.
+Writes `genkit/pretrained/<name>`. With --text, text encoder and tokenizer lie in `genkit/pretrained/<text>`, which other models share: they
+are written if they are not there, else they have to be the same.
 Existing weights are replaced; a README.md (the model card) in the folder is kept.
 """
 
@@ -18,9 +19,25 @@ from genkit import GenPipeline
 from genkit.catalogue import write_sidecar
 from genkit.parity import certificate
 from genkit.paths import pretrained_dir
+from genkit.weights import read_safetensors
 
 SHARED = ("text_encoder", "tokenizer")
 PROMPT_SEEDS = (1, 2)
+
+
+def share(part: Path, place: Path) -> None:
+    """Put a component where models share it; one that is there already has to be the same.
+
+    Raises:
+        SystemExit: if other models use another one.
+    """
+    weights = "model.safetensors"
+    if not place.is_dir():
+        shutil.copytree(part, place)
+    elif (part / weights).is_file():
+        mine, theirs = (read_safetensors(folder / weights) for folder in (part, place))
+        if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
+            raise SystemExit(f"{place} holds other weights than {part}, and other models use them; choose another --text.")
 
 
 def main() -> None:
@@ -39,8 +56,8 @@ def main() -> None:
     args = parser.parse_args()
     pipe = GenPipeline.from_pretrained(args.export)
     given = {"token_temperature": args.token_temperature, "mask_temperature": args.mask_temperature}
-    changes = {key: value for key, value in given.items() if value is not None}
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    if changes := {key: value for key, value in given.items() if value is not None}:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     defaults = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
@@ -52,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as whole:
         pipe.save_pretrained(whole)
         for part, place in shared.items():
-            shutil.copytree(Path(whole) / part, pretrained_dir() / place, dirs_exist_ok=True)
+            share(Path(whole) / part, pretrained_dir() / place)
     with tempfile.TemporaryDirectory() as kept:
         card = folder / "README.md"
         if card.is_file():

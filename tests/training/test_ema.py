@@ -32,6 +32,17 @@ def test_warmup_caps_the_decay_early() -> None:
     assert ema.decay_at(10**6) == 0.99
 
 
+def test_average_kept_elsewhere_is_brought_and_put_back() -> None:
+    net, cpu = nn.Linear(2, 2), torch.device("cpu")
+    ema = EMA({"net": net}, decay=0.5, use_warmup=False, device=cpu)
+    with ema.on(cpu):
+        assert ema.modules["net"].get_parameter("weight").device == cpu
+    net.weight.data += 1
+    before = ema.modules["net"].get_parameter("weight").clone()
+    ema.update({"net": net}, 0)
+    torch.testing.assert_close(ema.modules["net"].get_parameter("weight"), before + 0.5, rtol=1e-6, atol=1e-6)
+
+
 def test_average_of_half_precision_weights_is_kept_in_float32() -> None:
     net = nn.Linear(2, 2).to(torch.bfloat16)
     ema = EMA({"net": net}, decay=0.999, use_warmup=False)

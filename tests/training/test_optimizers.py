@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from genkit.training import checkpoint
-from genkit.training.optimizers import block_matrices, muon_with_adamw
+from genkit.training.optimizers import FlatMuon, block_matrices, kernels, muon_with_adamw
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
@@ -105,3 +105,37 @@ def test_old_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ImportError, match=r"needs torch 2\.9 or newer"):
         muon_with_adamw([], [], 0.1, (0.9, 0.99), 0.0)
+
+
+def test_muon_of_a_kernel_is_muon_of_its_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(6, 2, 3, 3, generator=generator), [torch.randn(6, 2, 3, 3, generator=generator) for _ in range(4)]
+    kernel, matrix = nn.Parameter(start.clone()), nn.Parameter(start.flatten(1).clone())
+    ours = FlatMuon([kernel], lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon([matrix], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for i, gradient in enumerate(gradients):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 0.02 / (i + 1)
+        kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()
+        ours.step()
+        theirs.step()
+        if i == 1:  # a run that stops and goes on
+            saved = ours.state_dict()
+            ours = FlatMuon([kernel], lr=0.02, weight_decay=0.1)
+            ours.load_state_dict(saved)
+    torch.testing.assert_close(kernel.flatten(1), matrix, rtol=0, atol=0)
+
+
+def test_kernels_of_some_submodules_are_told_from_the_rest() -> None:
+    module = nn.ModuleDict({"enc": nn.Conv2d(2, 4, 3), "out": nn.Conv2d(4, 2, 3)})
+    matrices, rest = kernels(module, ("enc.",))
+    assert [tuple(p.shape) for p in matrices] == [(4, 2, 3, 3)] and len(rest) == 3
+
+
+def test_a_moved_parameter_is_noticed() -> None:
+    kernel = nn.Parameter(torch.randn(2, 2))
+    muon = FlatMuon([kernel], lr=0.1, weight_decay=0.0)
+    kernel.data = kernel.data.clone()
+    kernel.grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="moved after the optimizer was built"):
+        muon.step()
