@@ -33,6 +33,7 @@ class Family:
         shape: of one sample, (c, h, w).
         sigma_range: noise levels that the network knows.
         sigma_data: standard deviation of the data.
+        blocks: prefixes of the names of parameters inside the network's blocks.
         levels: law of the student's noise levels, for methods whose own law reaches beyond the range.
         is_text: whether prompts are text.
         num_classes: of a class model, else 0.
@@ -44,6 +45,7 @@ class Family:
     shape: tuple[int, ...]
     sigma_range: tuple[float, float] = (0.0, float("inf"))
     sigma_data: float = 0.5
+    blocks: ClassVar[tuple[str, ...]] = ()
     levels: ClassVar[Mapping[str, Any] | None] = None
 
     def __init__(self, pipe: Any) -> None:
@@ -97,6 +99,7 @@ class EDMFamily(Family):
     """`EDMPipeline`."""
 
     component = "unet"
+    blocks = ("unet.enc.", "unet.dec.")
     compared = ("sample_size", "in_channels", "label_dim", "preconditioner_config")
 
     def __init__(self, pipe: Any) -> None:
@@ -144,6 +147,7 @@ class PixArtFamily(Family):
     """diffusers' `PixArtAlphaPipeline`: latents, T5 captions, noise prediction at 1,000 steps."""
 
     component = "transformer"
+    blocks = ("transformer_blocks.",)
     compared = ("sample_size", "in_channels", "caption_channels", "patch_size")
     sigma_data = 1.0
     is_text = True

@@ -79,6 +79,39 @@ class _UNet(nn.Module):
         return out
 
 
+class LabelMap(nn.Module):
+    """Where a label says things are: a map of label rows at the lowest level, and learned positions there and at the first level.
+
+    Args:
+        label_dim: width of label rows.
+        channels: of the map.
+        first_channels, last_channels: of the first and the lowest level.
+        image_size: side of the first level.
+        levels: number of levels.
+
+    Raises:
+        ValueError: without labels.
+    """
+
+    def __init__(self, label_dim: int, channels: int, first_channels: int, last_channels: int, image_size: int, levels: int) -> None:
+        super().__init__()
+        if not label_dim:
+            raise ValueError("SongUNet: label_map needs labels (label_dim above 0).")
+        self.side = image_size >> (levels - 1)
+        self.first = nn.Parameter(torch.zeros(1, first_channels, image_size, image_size))
+        self.last = nn.Parameter(torch.zeros(1, last_channels, self.side, self.side))
+        self.project = nn.Linear(label_dim, channels * self.side**2)
+        self.conv = nn.Conv2d(channels, last_channels, 3, padding=1)
+        self.label_dim = label_dim
+
+    def forward(self, labels: Tensor | None, count: int) -> Tensor:
+        """Return what is added at the lowest level, [b, c', h', w'], for label rows [b, label_dim] or, for None, rows of zeros."""
+        dtype = self.project.weight.dtype
+        rows = self.last.new_zeros(count, self.label_dim) if labels is None else labels.to(dtype)
+        layout = self.project(rows * math.sqrt(self.label_dim)).unflatten(1, (-1, self.side, self.side))
+        return self.conv(F.silu(layout)) + self.last
+
+
 class SongUNet(_UNet):
     """DDPM++ (`embedding_type="positional"`) and NCSN++ (fourier, residual encoder, taps [1, 3, 3, 1]).
 
@@ -98,6 +131,8 @@ class SongUNet(_UNet):
         encoder_type: "standard", "skip" or "residual".
         decoder_type: "standard" or "skip".
         resample_filter: taps of one axis.
+        label_map: channels of a map that the label row is projected to at the lowest level, 0 = none as published; with it come learned
+            positions there and at the first level (ours: a label then says where things are, not only what).
 
     Raises:
         ValueError: for unknown types and sizes that do not fit.
@@ -121,6 +156,7 @@ class SongUNet(_UNet):
         encoder_type: Literal["standard", "skip", "residual"] = "standard",
         decoder_type: Literal["standard", "skip"] = "standard",
         resample_filter: Sequence[float] = (1, 1),
+        label_map: int = 0,
     ) -> None:
         super().__init__()
         choose(embedding_type, ("positional", "fourier"), "SongUNet embedding_type")
@@ -160,6 +196,7 @@ class SongUNet(_UNet):
                 self.enc[f"{r}x{r}_block{i}"] = UNetBlock(width, model_channels * mult, emb_dim, heads=heads, **kwargs)
                 width = model_channels * mult
                 skips.append(width)
+        self.layout = LabelMap(label_dim, label_map, model_channels, width, image_size, len(channel_mult)) if label_map else None
         for level, mult in reversed(list(enumerate(channel_mult))):
             r = image_size >> level
             if level == len(channel_mult) - 1:
@@ -188,6 +225,8 @@ class SongUNet(_UNet):
                 nn.init.xavier_uniform_(module.weight, 1e-5 if is_small else math.sqrt(0.2) if last == "qkv" else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.layout is not None:
+            nn.init.zeros_(self.layout.conv.weight)
 
     def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         """Return the embedding [b, d] of noise arguments [b], label rows and augmentation rows."""
@@ -224,7 +263,11 @@ class SongUNet(_UNet):
                 x = skips[-1] = aux = (x + block(aux)) / math.sqrt(2)
             else:
                 x = self.run(block, x, emb)
+                if self.layout is not None and not skips:
+                    x = x + self.layout.first
                 skips.append(x)
+        if self.layout is not None:
+            x = x + self.layout(labels, len(x))
         bottleneck, out, normed = x, None, x
         for name, block in self.dec.items():
             if name.endswith("aux_up"):

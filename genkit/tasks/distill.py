@@ -31,6 +31,7 @@ from genkit.distill.paths import guided
 from genkit.pipelines.seeds import SampleStreams
 from genkit.tasks._conditions import ConditionTable, read_conditions
 from genkit.tasks._prompts import prompts_of, rows_of_views
+from genkit.training.optimizers import kernels, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
 NUM_SAMPLES = 16
@@ -61,7 +62,8 @@ class Config:
         lora: rank of adapters for student and critic on one shared network; null trains whole copies.
         dropout: of student and critic while training; null keeps the teacher's.
         gradient_checkpointing: recompute activations in the backward pass.
-        lr, critic_lr, betas, eps: of Adam; the critic's rate is the student's if null.
+        optimizer: "adam" as published, or "muon": Muon for kernels and matrices of the blocks, AdamW without decay for the rest.
+        lr, critic_lr, betas, eps: of the optimizers; the critic's rate is the student's if null, Muon shares the rate.
         alarms: when to stop a collapsing student.
         sampling: of the sample grids.
         export_dtype: floating type of the exported weights.
@@ -81,6 +83,7 @@ class Config:
     lora: int | None = None
     dropout: float | None = 0.0
     gradient_checkpointing: bool = False
+    optimizer: Literal["adam", "muon"] = "adam"
     lr: float = 1e-5
     critic_lr: float | None = None
     betas: tuple[float, float] = (0.0, 0.999)
@@ -94,6 +97,8 @@ class Config:
         make_method(**self.method)
         if self.lr <= 0 or (self.critic_lr is not None and self.critic_lr <= 0):
             raise ValueError(f"lr and critic_lr must be above 0, got {self.lr} and {self.critic_lr}.")
+        if self.optimizer == "muon" and self.lora is not None:
+            raise ValueError("optimizer muon is for whole networks; adapters (lora) are trained by adam.")
         if not 0 <= self.null_probability <= 1:
             raise ValueError(f"null_probability must lie in [0, 1], got {self.null_probability}.")
         if self.sigma_init is not None and not self.sigma_init > 0:
@@ -235,14 +240,21 @@ class DistillTask(Task):
             return self.family.bottleneck(teacher, probe, torch.ones(1, device=probe.device), condition).shape[1]
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Return Adam for the student and, where there is one, for the critic with its discriminator."""
+        """Return one for the student and, where there is one, one for the critic with its discriminator."""
         c = self.config
-        settings: dict[str, Any] = {"betas": c.betas, "eps": c.eps}
-        found: dict[str, torch.optim.Optimizer] = {"student": torch.optim.Adam(self._parameters("student"), lr=c.lr, **settings)}
+        found = {"student": self._optimizer("student", c.lr, [])}
         if "critic" in self.method.uses:
-            own = [*self._parameters("critic"), *(self.modules["head"].parameters() if "head" in self.modules else ())]
-            found["critic"] = torch.optim.Adam(own, lr=c.lr if c.critic_lr is None else c.critic_lr, **settings)
+            head = list(self.modules["head"].parameters()) if "head" in self.modules else []
+            found["critic"] = self._optimizer("critic", c.lr if c.critic_lr is None else c.critic_lr, head)
         return found
+
+    def _optimizer(self, role: str, lr: float, others: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer of a role's parameters and some others."""
+        c = self.config
+        if c.optimizer == "adam":
+            return torch.optim.Adam([*self._parameters(role), *others], lr=lr, betas=c.betas, eps=c.eps)
+        matrices, rest = kernels(self.modules[role], self.family.blocks)
+        return muon_with_adamw(matrices, [*rest, *others], lr=lr, betas=c.betas, weight_decay=0.0)
 
     def _parameters(self, role: str) -> list[nn.Parameter]:
         return list(self.shared.parameters_of(role) if self.shared else self.modules[role].parameters())

@@ -190,7 +190,8 @@ class EDMTask(Task):
         loss = denoising_loss(
             lambda x, level: self.modules["unet"](x, level, labels).sample, images, noise, sigma, edm_weight(sigma, self.sigma_data)
         )
-        yield Phase("main", loss.mean())
+        rows, is_noisy = loss.detach().flatten(1).mean(1), (sigma > 1).float()  # where the condition, not the picture, decides
+        yield Phase("main", loss.mean(), {"noisy": (rows * is_noisy).sum() / is_noisy.sum().clamp_min(1)})
 
     def pipeline(self, unet: nn.Module) -> EDMPipeline:
         """Return the pipeline around a denoiser of this task."""

@@ -177,6 +177,8 @@ def test_arguments_that_cannot_be_followed_are_named() -> None:
         edm.from_official(official)
 
 
-def test_patches_have_no_official_layout() -> None:
+def test_what_is_ours_has_no_official_layout() -> None:
+    with pytest.raises(ValueError, match=r"no official name: .*unet\.layout"):
+        edm.to_official(build("layout"))
     with pytest.raises(ValueError, match="patch_size=2"):
         edm.to_official(build(patch_size=2, unet_config={**UNETS["song"], "attn_resolutions": [2]}))

@@ -148,6 +148,16 @@ def test_a_run_changes_the_student_resumes_exactly_and_exports_one_step(name: st
     assert (tmp_path / "a" / "samples").is_dir()
 
 
+def test_muon_steps_student_and_critic(data: str, tmp_path: Path) -> None:
+    built = task(data, optimizer="muon")
+    before = copy.deepcopy(built.modules["student"].state_dict())
+    Trainer(built, TrainConfig(out=str(tmp_path), steps=2, batch_size=4, checkpoint_every=2, ema_decay=0.0)).run()
+    changed = [key for key, value in built.raw("student").state_dict().items() if not torch.equal(value, before[key])]
+    assert len(changed) > 0.9 * len(before)
+    with pytest.raises(ValueError, match="optimizer muon is for whole networks"):
+        task(data, optimizer="muon", lora=2)
+
+
 def test_adapters_share_one_frozen_network(data: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     built = task(data, lora=2)

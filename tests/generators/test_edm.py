@@ -23,12 +23,13 @@ NCSN: dict[str, Any] = {**SONG, "embedding_type": "fourier", "encoder_type": "re
 SKIP: dict[str, Any] = {**SONG, "encoder_type": "skip", "decoder_type": "skip"}
 ADM: dict[str, Any] = {"name": "adm", "model_channels": 64, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4]}
 UNETS = {"song": SONG, "ncsn": NCSN, "skip": SKIP, "adm": ADM}
+ALL = {**UNETS, "layout": {**SONG, "label_map": 4}}
 
 
 def build(name: str = "song", **options: Any) -> EDMUNet2DModel:
     """A conditional network whose every layer acts."""
     torch.manual_seed(0)
-    model = EDMUNet2DModel(**({"sample_size": 8, "label_dim": 3, "augment_dim": 2, "unet_config": UNETS[name]} | options))
+    model = EDMUNet2DModel(**({"sample_size": 8, "label_dim": 3, "augment_dim": 2, "unet_config": ALL[name]} | options))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.05)
@@ -55,7 +56,7 @@ def test_published_sizes_have_the_published_parameter_counts(name: str, options:
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.parametrize("name", sorted(UNETS))
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_samples_do_not_see_each_other_and_null_is_a_row_of_zeros(name: str) -> None:
     model, given = build(name), inputs()
     with torch.no_grad():
@@ -69,7 +70,7 @@ def test_samples_do_not_see_each_other_and_null_is_a_row_of_zeros(name: str) -> 
     assert not torch.allclose(none, whole)
 
 
-@pytest.mark.parametrize("name", sorted(UNETS))
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_every_parameter_learns_and_checkpointing_changes_nothing(name: str) -> None:
     model, given = build(name).train().requires_grad_(True), inputs()
     for module in model.modules():
@@ -87,7 +88,7 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(name: str) -> 
         assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", sorted(UNETS))
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_save_load_and_half_precision(name: str, tmp_path: Path) -> None:
     model, given = build(name), inputs()
     model.save_pretrained(tmp_path)
@@ -142,6 +143,7 @@ def test_forward_mode_and_second_derivatives_go_through_the_network() -> None:
         ({"preconditioner_config": {"name": "emd"}}, "unknown preconditioner 'emd'.*'edm'"),
         ({"preconditioner_config": {"name": "edm", "sigma_data": 0}}, "sigma_data must be above 0"),
         ({"patch_size": 3}, "patch_size must divide"),
+        ({"label_dim": 0, "unet_config": ALL["layout"]}, "label_map needs labels"),
     ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, Any], message: str) -> None:
