@@ -278,7 +278,7 @@ class Consistency(Method):
         found, loss = consistency.consistency_loss(
             work.student, x_t, x_r, t, r, weighting=self.weighting, huber_c=self.huber_c, squared=self.squared
         )
-        yield Phase("student", loss.mean().float() / noise[0].numel() ** 0.5, {"distance": found.mean(), "ratio": ratio})
+        yield Phase("student", loss.mean().float(), {"distance": found.mean(), "ratio": ratio})
 
 
 @dataclass
