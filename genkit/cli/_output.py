@@ -59,6 +59,14 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse whole numbers separated by commas, of an option."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be whole numbers separated by commas, got {text!r}") from None
+
+
 def positive(text: str) -> int:
     """Parse a whole number of at least 1 (an argparse type)."""
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from genkit.checks import choose
 from genkit.cli._eval_others import OTHERS, add_other_arguments, read_prompts, run_other
-from genkit.cli._output import add_json, positive, print_json, print_table
+from genkit.cli._output import add_json, numbers, positive, print_json, print_table
 
 if TYPE_CHECKING:
     from genkit.eval.extract import Progress
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--skip-bad", action="store_true", help="leave out pictures that cannot be used; they are counted in the result")
     add("--split", default="train", help="split of a hub data set or a folder of parquet files (default: %(default)s)")
     add("--view-size", type=positive, default=64, metavar="PIXELS", help="side of turntable views (default: %(default)s)")
+    add("--views", type=numbers, metavar="N,N", help="which of a turntable's views are the real pictures, 0 the front (default: all)")
     add("--batch-size", type=positive, default=32, metavar="N", help="pictures at a time (default: %(default)s)")
     add("--workers", type=int, metavar="N", help="processes that decode pictures (default: by the machine)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
@@ -183,7 +184,7 @@ def measure(args: argparse.Namespace) -> int:
     if args.action not in WITHOUT_REAL:
         real = paths[0]
         if not is_statistics(real):
-            real = open_source(real, background=args.background, split=args.split, view_size=args.view_size)
+            real = open_source(real, background=args.background, split=args.split, view_size=args.view_size, views=args.views)
     if args.action == "report":
         metrics = tuple(name for name in REPORT if protocol.is_fid or not KNOWN[name].needs_inception)
         if isinstance(real, str):
@@ -239,7 +240,7 @@ def write_statistics(args: argparse.Namespace) -> int:
     from genkit.eval.pictures import open_source
 
     protocol, options = protocol_of(args), _options(args)
-    pictures = open_source(source, background=args.background, split=args.split, view_size=args.view_size)
+    pictures = open_source(source, background=args.background, split=args.split, view_size=args.view_size, views=args.views)
     extractor = Extractor(protocol, options.pop("weights"), options.pop("device"))
     options.pop("intervals")
     with progress_bar(not args.json) as progress:

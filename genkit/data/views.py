@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +234,20 @@ class ViewDataset(Dataset[dict[str, Tensor]]):
     def views_of(self, object_index: int) -> range:
         """Return the view indices of an object, in order of azimuth."""
         return range(int(self._first[object_index]), int(self._first[object_index + 1]))
+
+    def rows_of(self, views: Sequence[int] | None) -> list[int]:
+        """Return the indices of the pictures that show one of some views, 0 the front; all if None.
+
+        Raises:
+            ValueError: if there is no such view.
+        """
+        if views is None:
+            return list(range(len(self)))
+        most = max(len(self.views_of(thing)) for thing in range(self.num_objects))
+        if not views or any(not 0 <= view < most for view in views):
+            raise ValueError(f"views must be numbers from 0 to {most - 1}, at least one, got {list(views)}.")
+        chosen = set(views)
+        return [row for row in range(len(self)) if self.view_of(row) in chosen]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):

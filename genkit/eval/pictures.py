@@ -316,18 +316,21 @@ class TableSource(Source):
 class ViewSource(Source):
     """Turntable views of a parquet file with a `views` column, each a picture; the caption is the label."""
 
-    def __init__(self, path: str | Path, size: int) -> None:
+    def __init__(self, path: str | Path, size: int, views: Sequence[int] | None = None) -> None:
         self.name, self.views = str(path), ViewDataset(path, size)
+        self.rows = self.views.rows_of(views)
 
     def __len__(self) -> int:
-        return len(self.views)
+        return len(self.rows)
 
     def fingerprint(self) -> str:
-        return _digest(self.views.data_hash, "views")
+        every = len(self.rows) == len(self.views)
+        return _digest(self.views.data_hash, "views") if every else _digest(self.views.data_hash, "views", self.rows)
 
     def read(self, index: int) -> Picture:
-        pixels = np.ascontiguousarray(self.views.images_u8[index].transpose(1, 2, 0))
-        return Picture(pixels, f"{self.name}[{index}]", self.views.captions[self.views.object_of(index)])
+        row = self.rows[index]
+        pixels = np.ascontiguousarray(self.views.images_u8[row].transpose(1, 2, 0))
+        return Picture(pixels, f"{self.name}[{row}]", self.views.captions[self.views.object_of(row)])
 
 
 class PipelineSource(Source):
@@ -394,7 +397,14 @@ class PipelineSource(Source):
         return [Picture(p, f"{self.name}, seed {self.seed + i}", prompt) for p, i, prompt in zip(pixels, indices, prompts, strict=True)]
 
 
-def open_source(path: str | Path, *, background: str | None = None, split: str = "train", view_size: int = 64) -> Source:
+def open_source(
+    path: str | Path,
+    *,
+    background: str | None = None,
+    split: str = "train",
+    view_size: int = 64,
+    views: Sequence[int] | None = None,
+) -> Source:
     """Open pictures by what is at the path.
 
     Args:
@@ -402,11 +412,20 @@ def open_source(path: str | Path, *, background: str | None = None, split: str =
         background: for transparent pictures, see `to_pixels`.
         split: of a hub data set or a folder of parquet files.
         view_size: turntable views are reduced to this side, in pixels.
+        views: which of a turntable's views, 0 the front; all if None. Other pictures have none.
 
     Raises:
         FileNotFoundError: if nothing is there.
         ValueError: if what is there cannot be read as pictures.
     """
+    found = _open(path, background, split, view_size, views)
+    if views is not None and not isinstance(found, ViewSource):
+        raise ValueError(f"views={list(views)} choose turntable views, but {str(path)!r} holds single pictures; leave it out.")
+    return found
+
+
+def _open(path: str | Path, background: str | None, split: str, view_size: int, views: Sequence[int] | None) -> Source:
+    """Open pictures by what is at the path, see `open_source`."""
     if background is not None:
         choose(background, BACKGROUNDS, "background")
     local = Path(path).expanduser()
@@ -428,11 +447,11 @@ def open_source(path: str | Path, *, background: str | None = None, split: str =
         )
     elif not local.exists() and (local.is_absolute() or local.suffix or str(path).count("/") != 1):
         raise FileNotFoundError(f"{str(path)!r} does not exist; give a folder, archive, array, parquet file or hub id (owner/name).")
-    return _open_table(path, split, background, view_size)
+    return _open_table(path, split, background, view_size, views)
 
 
-def _open_table(path: str | Path, split: str, background: str | None, view_size: int) -> Source:
+def _open_table(path: str | Path, split: str, background: str | None, view_size: int, views: Sequence[int] | None) -> Source:
     rows, _ = open_rows(path, split)
     if "views" in rows.column_names and "caption" in rows.column_names:
-        return ViewSource(path, view_size)
+        return ViewSource(path, view_size, views)
     return TableSource(path, split, background)

@@ -69,15 +69,11 @@ def rows_of_views(data: ViewDataset | ImageFolderDataset, views: Sequence[int] |
     Raises:
         ValueError: if the data has no views, or there is no such view.
     """
-    if views is None:
-        return list(range(len(data)))
-    if not isinstance(data, ViewDataset):
+    if isinstance(data, ViewDataset):
+        return data.rows_of(views)
+    if views is not None:
         raise ValueError(f"views={list(views)} choose turntable views, but {source} holds single pictures; leave it out.")
-    most = max(len(data.views_of(thing)) for thing in range(data.num_objects))
-    wrong = [view for view in views if not 0 <= view < most]
-    if wrong or not views:
-        raise ValueError(f"views must be numbers from 0 to {most - 1}, at least one, got {list(views)}.")
-    return [row for row in range(len(data)) if data.view_of(row) in set(views)]
+    return list(range(len(data)))
 
 
 def load_text(text_encoder: str | None, tokenizer: str | None) -> tuple[nn.Module, Any] | None:

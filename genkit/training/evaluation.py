@@ -24,6 +24,7 @@ class EvaluationConfig:
         size: another input size of the network than the protocol's, in pixels.
         weights: of the FID Inception network.
         view_size: turntable views are reduced to this side, in pixels.
+        views: which of a turntable's views are the real pictures; all if null.
         batch_size: pictures at a time.
     """
 
@@ -34,6 +35,7 @@ class EvaluationConfig:
     size: int | None = None
     weights: str | None = None
     view_size: int = 64
+    views: tuple[int, ...] | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -93,7 +95,7 @@ def measure(task: Task, modules: dict[str, nn.Module], config: EvaluationConfig,
             pixels = steps.byte().permute(0, 2, 3, 1).cpu().numpy()
             return [Picture(np.ascontiguousarray(p), f"{self.name}, picture {i}") for p, i in zip(pixels, indices, strict=True)]
 
-    real = config.real if is_statistics(config.real) else open_source(config.real, view_size=config.view_size)
+    real = config.real if is_statistics(config.real) else open_source(config.real, view_size=config.view_size, views=config.views)
     for module in modules.values():
         module.eval()
     found = evaluate(

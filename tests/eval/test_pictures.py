@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from genkit.eval.pictures import ArchiveSource, ArraySource, FolderSource, PictureError, PipelineSource, Source, open_source, to_pixels
+from tests.data.toy import strips, write_views
 
 RNG = np.random.default_rng(0)
 
@@ -120,6 +121,21 @@ def test_parquet_rows_with_labels(tmp_path: Path, stack: np.ndarray[Any, Any]) -
     source = open_source(tmp_path / "a.parquet")
     check(source, stack)
     assert source.read(1).label == "dog"
+
+
+def test_some_views_of_turntables(tmp_path: Path) -> None:
+    drawn = strips(num_views=4)
+    path = write_views(tmp_path / "views.parquet", list(drawn))
+    every, some = open_source(path, view_size=8), open_source(path, view_size=8, views=(1, 3))
+    assert (len(every), len(some)) == (12, 6)
+    np.testing.assert_array_equal(some.read(2).pixels, drawn[1][:, 8:16])
+    assert some.fingerprint() != every.fingerprint() and some.read(5).name.endswith("[11]")
+    with pytest.raises(ValueError, match="views must be numbers from 0 to 3"):
+        open_source(path, view_size=8, views=(4,))
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.png").write_bytes(png(pixels()))
+    with pytest.raises(ValueError, match="holds single pictures"):
+        open_source(tmp_path / "p", views=(0,))
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "grey"), ("1", "grey"), ("P", "palette"), ("CMYK", "CMYK")])
