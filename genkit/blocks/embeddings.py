@@ -33,6 +33,25 @@ def sincos_2d(height: int, width: int, dim: int, dtype: torch.dtype = torch.floa
     return torch.cat([part.expand(height, width, quarter) for part in parts], dim=-1).reshape(height * width, dim).to(dtype)
 
 
+def sincos_1d(length: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the fixed table [length, d] of positions 0, 1, ...: [sin(p o), cos(p o)], o_i = 10000^(-i / q), q = d / 2, in float64.
+
+    Args:
+        length: positions.
+        dim: d, even.
+        dtype: of the result.
+
+    Raises:
+        ValueError: if dim is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"sincos_1d: dim must be even (sine and cosine), got {dim}.")
+    half = dim // 2
+    omega = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device="cpu") / half)
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * omega
+    return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
+
+
 def rotary(pos: Tensor, width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotation angles, for `rotate`.
 

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from torch import nn
 
-from genkit.blocks import attention, mlp  # noqa: F401  (their import enters the mixers in MIXERS)
+from genkit.blocks import attention, axial, mlp  # noqa: F401  (their import enters the mixers in MIXERS)
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.caps import MIXERS, Caps, MixerConfig
 from genkit.checks import unknown

@@ -26,6 +26,8 @@ MIXER_TEXTS = [
     "attention(keys='context', key_dim=6)",
     "attention(keys='both')",
     "attention(keys='both', context_kv='shared', causal=True)",
+    "axial",
+    "axial(axes='h', out_layers=2)",
     "mlp",
     "mlp(act='silu', gated=True, nested=(0.5, 1))",
 ]
