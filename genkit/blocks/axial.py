@@ -113,8 +113,8 @@ class AxialAttention(TokenMixer):
         bias = self.kv.bias
         k = F.linear(x, self.kv.weight[:d], None if bias is None else bias[:d])  # two products: then each folds without a copy
         v = F.linear(x, self.kv.weight[d:], None if bias is None else bias[d:])
-        out = self._unfold(attend(*(self._fold(part, grid) for part in (self.q(x), k, v))), grid, sizes["b"])
-        return self.proj2(self.proj(out))
+        out = attend(self._fold(self.q(x), grid), self._fold(k, grid), self._fold(v, grid))
+        return self.proj2(self.proj(self._unfold(out, grid, sizes["b"])))
 
     def _grid(self, layout: Layout | None, tokens: int) -> tuple[int, ...]:
         """Return the grid, checked."""
@@ -135,13 +135,13 @@ class AxialAttention(TokenMixer):
     def _fold(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         """[b, n, d] -> [b', heads', m, hd], m the tokens that attend together."""
         inside, outside = self._places(grid)
-        m = math.prod(grid[i] for i in inside)
+        m = math.prod([grid[i] for i in inside])
         if outside and inside[0] > outside[-1]:  # the last axes: the others are batch
             return x.reshape(-1, m, self.heads, x.shape[-1] // self.heads).transpose(1, 2)
         if inside[-1] < (outside[0] if outside else len(grid)):  # the first axes, or all: the others are heads
             return x.reshape(len(x), m, -1, x.shape[-1] // self.heads).transpose(1, 2)
         split = x.reshape(len(x), *grid, self.heads, -1)
-        order = [0, *(i + 1 for i in outside), len(grid) + 1, *(i + 1 for i in inside), len(grid) + 2]
+        order = [0, *[i + 1 for i in outside], len(grid) + 1, *[i + 1 for i in inside], len(grid) + 2]
         return split.permute(order).flatten(0, len(outside)).flatten(2, 1 + len(inside))
 
     def _unfold(self, x: Tensor, grid: tuple[int, ...], b: int) -> Tensor:
@@ -150,7 +150,7 @@ class AxialAttention(TokenMixer):
         n = math.prod(grid)
         if not (outside and inside[0] < outside[-1] and inside[-1] > outside[0]):
             return x.transpose(1, 2).reshape(b, n, -1)
-        split = x.reshape(b, *(grid[i] for i in outside), self.heads, *(grid[i] for i in inside), -1)
+        split = x.reshape(b, *[grid[i] for i in outside], self.heads, *[grid[i] for i in inside], -1)
         back = [0] * len(grid)
         for place, i in enumerate(outside):
             back[i] = place + 1

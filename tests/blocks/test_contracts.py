@@ -133,7 +133,8 @@ def test_claimed_capabilities_hold(text: str, kind: str) -> None:
     block, arguments = make(text, kind)
     caps = stack.parse(text)[0][0].caps
     pos = torch.rand(3, 6, 2) * 5
-    arguments["layout"] = Layout(pos=pos)
+    grid = (2, 3) if caps.grid else None
+    arguments["layout"] = Layout(grid=grid, pos=pos)
     x, out = arguments["x"], block(**arguments)
     if caps.set_op:
         order = torch.tensor([3, 0, 5, 1, 2, 4])
@@ -141,7 +142,7 @@ def test_claimed_capabilities_hold(text: str, kind: str) -> None:
         torch.testing.assert_close(block(**moved), out[:, order], rtol=1e-5, atol=1e-5)
     changed = x.clone()
     changed[:, 4] += 1
-    leak = (block(**arguments | {"x": changed, "layout": Layout(pos=pos)}) - out)[:, :4].abs().max()
+    leak = (block(**arguments | {"x": changed, "layout": Layout(grid=grid, pos=pos)}) - out)[:, :4].abs().max()
     assert caps.causal == (leak == 0).item()
     if caps.cache:
         with torch.no_grad():
