@@ -48,6 +48,7 @@ class MLPConfig(MixerConfig):
         gated: act(gate(x)) * fc1(x) in place of act(fc1(x)).
         bias: whether the layers have biases.
         nested: widths that a call may ask for, as fractions of the hidden width, ascending up to 1.
+        dropout: of hidden units, in training.
     """
 
     ratio: float = option(4.0, float, int)
@@ -56,6 +57,7 @@ class MLPConfig(MixerConfig):
     gated: bool = option(False, bool)
     bias: bool = option(True, bool)
     nested: tuple[float, ...] = option((1,), tuple)
+    dropout: float = option(0.0, float, int)
 
     offers: ClassVar[Mapping[str, str]] = {"width": "mlp(nested=...)"}
 
@@ -63,6 +65,8 @@ class MLPConfig(MixerConfig):
         super().__post_init__()
         if self.ratio <= 0 or (self.hidden is not None and self.hidden < 1):
             raise ValueError(f"mlp: ratio and hidden must be positive, got ratio={self.ratio}, hidden={self.hidden}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"mlp: dropout must lie in [0, 1), got {self.dropout}.")
         numbers = all(isinstance(g, (int, float)) and not isinstance(g, bool) and 0 < g <= 1 for g in self.nested)
         if not numbers or not self.nested or list(self.nested) != sorted(set(self.nested)) or self.nested[-1] != 1:
             raise ValueError(f"mlp: nested must be ascending fractions that end with 1, such as (0.25, 0.5, 1), got {self.nested}.")
@@ -124,6 +128,8 @@ class MLP(ChannelMixer):
         units = self.hidden if width is None else round(self.hidden * width)
         hidden = self._first(self.fc1, x, units)
         hidden = self.act(hidden) if self.gate is None else self.act(self._first(self.gate, x, units)) * hidden
+        if self.config.dropout:
+            hidden = F.dropout(hidden, self.config.dropout, self.training)
         if units == self.hidden:
             return self.fc2(hidden)
         return F.linear(hidden, self.fc2.weight[:, :units], self.fc2.bias)

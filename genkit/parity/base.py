@@ -85,10 +85,15 @@ class Case:
         return {key: self.place(value) for key, value in read_safetensors(path).items()} if path.is_file() else {}
 
     @cached_property
-    def output_names(self) -> tuple[str, ...]:
-        """Names of the stored outputs, never their values; none where the case has no outputs."""
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the stored outputs, never their values; none where the case has no outputs."""
         path = self.dir / "outputs.safetensors"
-        return tuple(safetensors_header(path)) if path.is_file() else ()
+        return safetensors_header(path) if path.is_file() else {}
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the stored outputs."""
+        return tuple(self.output_shapes)
 
     def variants(self, pattern: str, default: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """Return the parameters that stand in the names of outputs: the groups of a pattern, once each.
