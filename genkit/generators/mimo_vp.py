@@ -100,7 +100,7 @@ class Layer(nn.Module):
         norms = iter(self.norms)
 
         def summed(x: Tensor, y: Tensor) -> Tensor:
-            return next(norms)((x + y).flatten(0, 1)).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+            return next(norms)((x + y).flatten(0, 1)).unflatten(0, x.shape[:2])
 
         x = summed(x, self.attention(x, x))
         if self.cross is not None and memory is not None:

@@ -13,9 +13,9 @@ Legend: b clips, f frames, c channels, h w rows and columns, n patches of a fram
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -86,7 +86,7 @@ class GatedTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens [b, n, d]."""
         for pair in self.pairs:
-            for branch, dropout in zip(pair, self.dropouts, strict=True):  # type: ignore[arg-type]
+            for branch, dropout in zip(cast(Iterable[nn.Module], pair), self.dropouts, strict=True):
                 x = x + self.drop(F.dropout(branch(x), dropout, self.training))
         return self.norm(x)
 
@@ -215,7 +215,7 @@ class PredFormer(ModelMixin, ConfigMixin):
         b, f, n, d = tokens.shape
         tokens = tokens + interleaved_sines(f * n, d).to(tokens).view(1, f, n, d)
         for layer in self.layers:
-            for kind, unit in zip(self.kinds, layer, strict=True):  # type: ignore[arg-type]
+            for kind, unit in zip(self.kinds, cast(Iterable[nn.Module], layer), strict=True):
                 tokens = self.run(kind, unit, tokens)
         if self.config["layout"] == "fac_st" and self.config["official_fac_st"]:
             tokens = tokens.transpose(1, 2).reshape(b, f, n, d)  # the published order of what the temporal unit returns
@@ -226,7 +226,7 @@ class PredFormer(ModelMixin, ConfigMixin):
         """Apply a unit to tokens [b, f, n, d]: T over frames, S over patches, A over all."""
         b, f, n, _ = x.shape
         if kind == "S":
-            return unit(x.flatten(0, 1)).unflatten(0, (b, f))  # type: ignore[no-any-return]
+            return unit(x.flatten(0, 1)).unflatten(0, (b, f))
         if kind == "A":
-            return unit(x.flatten(1, 2)).unflatten(1, (f, n))  # type: ignore[no-any-return]
-        return unit(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, n)).transpose(1, 2)  # type: ignore[no-any-return]
+            return unit(x.flatten(1, 2)).unflatten(1, (f, n))
+        return unit(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (b, n)).transpose(1, 2)

@@ -21,7 +21,8 @@ from genkit.tasks._vdt_loss import compose, masked_loss
 
 def _config(case: Case) -> dict[str, Any]:
     """Return the arguments of a case's model."""
-    return dict(case.config.get("model") if isinstance(case.config.get("model"), dict) else case.config)
+    own: Any = case.config.get("model")
+    return dict(own if isinstance(own, dict) else case.config)
 
 
 def _build(case: Case) -> VDTTransformer3DModel:
@@ -132,7 +133,8 @@ def masks(case: Case) -> dict[str, Tensor]:
     for entry in case.config["entries"]:
         draw = _Recorder(entry["seed"])
         mode = "random" if entry["idx"] < 0 else MODES[entry["idx"]]
-        found = make_mask(mode, *entry["shape"], draw, ratio=case.config["spatial_mask_ratio"], official=True)
+        frames, height, width = entry["shape"]
+        found = make_mask(mode, frames, height, width, draw, ratio=case.config["spatial_mask_ratio"], official=True)
         results[f"mask.{entry['key']}"] = found.to(torch.uint8)
         rows = draw.rows or [(-1.0, -1.0, -1.0, -1.0)]
         results[f"draws.{entry['key']}"] = torch.tensor(rows, dtype=torch.float64)

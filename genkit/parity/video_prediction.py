@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def predformer(case: Case) -> dict[str, Tensor]:
         hooks = [model.embed.register_forward_hook(_keep(raw, "to_patch_embedding"))]
         for i, layer in enumerate(model.layers):
             names = predformer_layout.UNITS[layout]
-            for name, unit in zip(names, layer, strict=True):  # type: ignore[arg-type]
+            for name, unit in zip(names, cast(Any, layer), strict=True):
                 hooks.append(unit.register_forward_hook(_keep(raw, name if layout in LAYOUTS.values() else f"blocks.{i}")))
         out = model.next_frames(x)
         for hook in hooks:

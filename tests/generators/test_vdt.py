@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_frames_meet_in_temporal_attention_only() -> None:
     with torch.no_grad():
         assert not torch.allclose(model(changed, t).sample[:, 0], model(x, t).sample[:, 0])
         for block in model.blocks:
-            time: Any = block.branches[0].f  # type: ignore[union-attr]
+            time = cast(Any, block).branches[0].f
             time.proj2.weight.zero_()
             time.proj2.bias.zero_()
         assert_close(model(changed, t).sample[:, 0], model(x, t).sample[:, 0], rtol=0, atol=0)

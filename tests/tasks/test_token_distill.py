@@ -81,7 +81,7 @@ def test_guided_targets_differ_from_plain_ones(folder: Path) -> None:
         _, ctx = start(built)
         ids, index = torch.full((2, 16), CODES), torch.arange(16).expand(2, 16)
         ends.append(built.targets(ids, index, 1, {"class_labels": torch.tensor([0, 1])}, ctx))
-    assert not torch.allclose(*ends)
+    assert not torch.allclose(ends[0], ends[1])
 
 
 def test_only_the_student_learns_and_the_teacher_is_its_start(folder: Path) -> None:
