@@ -66,10 +66,10 @@ def kept_steps(respacing: str, steps: int = 1000) -> list[int]:
         own = size + (1 if i < extra else 0)
         if not 1 <= count <= own:
             raise ValueError(f"respacing {respacing!r}: a section of {own} steps cannot keep {count}.")
-        stride, place = (1.0 if count == 1 else (own - 1) / (count - 1)), 0.0
+        gap, place = (1.0 if count == 1 else (own - 1) / (count - 1)), 0.0
         for _ in range(count):
             kept.append(start + round(place))
-            place += stride
+            place += gap
         start += own
     return kept
 
