@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from genkit.catalogue import list_models
     from genkit.generators.edm import EDMUNet2DModel
     from genkit.generators.enat import ENATState, ENATTransformer2DModel
+    from genkit.generators.mimo_vp import MIMOVP
+    from genkit.generators.predformer import PredFormer
+    from genkit.generators.vdt import VDTTransformer3DModel
     from genkit.pipelines.base import GenPipeline
     from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
     from genkit.pipelines.pixart_one_step import PixArtOneStepPipeline
+    from genkit.pipelines.vdt import VDTPipeline
     from genkit.schedulers.edm_heun import EDMHeunScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
     from genkit.tokenizers.vit_vqgan import ViTVQModel
@@ -38,16 +42,21 @@ EXPORTS = {
     "ENATState": "genkit.generators.enat",
     "ENATTransformer2DModel": "genkit.generators.enat",
     "GenPipeline": "genkit.pipelines.base",
+    "MIMOVP": "genkit.generators.mimo_vp",
     "MaskedTokenScheduler": "genkit.schedulers.masked_token",
     "ModelMixin": "diffusers",
     "OneStepPipeline": "genkit.pipelines.edm",
     "PixArtOneStepPipeline": "genkit.pipelines.pixart_one_step",
+    "PredFormer": "genkit.generators.predformer",
     "SchedulerMixin": "diffusers",
+    "VDTPipeline": "genkit.pipelines.vdt",
+    "VDTTransformer3DModel": "genkit.generators.vdt",
     "ViTVQModel": "genkit.tokenizers.vit_vqgan",
     "list_models": "genkit.catalogue",
 }
 
 __all__ = [
+    "MIMOVP",
     "EDMHeunScheduler",
     "EDMPipeline",
     "EDMUNet2DModel",
@@ -59,7 +68,10 @@ __all__ = [
     "ModelMixin",
     "OneStepPipeline",
     "PixArtOneStepPipeline",
+    "PredFormer",
     "SchedulerMixin",
+    "VDTPipeline",
+    "VDTTransformer3DModel",
     "ViTVQModel",
     "__version__",
     "list_models",

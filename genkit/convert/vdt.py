@@ -16,7 +16,7 @@ from genkit.blocks.axial import AxialAttention
 from genkit.convert.base import ConversionReport, KeyTable, OfficialModel, Row, build_empty, fill
 from genkit.generators.vdt import VDTTransformer3DModel
 
-COMPONENT, PIPELINE = "transformer", None
+COMPONENT, PIPELINE = "transformer", "VDTPipeline"
 WRAPPERS = ("ema", "model", "state_dict")
 FILES = ("vdt_sky.pt", "physion_collide.pt", "model.pt")
 OFFICIAL = (

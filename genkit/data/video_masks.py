@@ -12,6 +12,8 @@ A mask is [f, h, w] with True = to be made, at the resolution of the latents.
 | arbitrary_interpolation | each frame with probability 0.2 |
 | spatial_temporal | all but a block-wise region of half the area in a run of frames |
 
+and one of ours, "keys": some frames spread evenly, first and last included, as `VDTPipeline` interpolates.
+
 Source: Lu et al. 2023 (VDT, arXiv 2305.13311), with the block-wise masks of BEiT (arXiv 2106.08254). Draws come from a `random.Random`, in
 the published order. Published quirk: a run of frames that ends at 0 is empty, so that a quarter of the spatio-temporal masks ask for
 nothing; by default such a run reaches the end of the clip (`official=True` keeps the quirk).
@@ -20,7 +22,8 @@ nothing; by default such a run reaches the end of the clip (`official=True` keep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -29,6 +32,7 @@ from torch import Tensor
 from genkit.checks import choose
 
 MODES = ("predict", "backward", "interpolation", "unconditional", "one_frame", "arbitrary_interpolation", "spatial_temporal")
+ALL_MODES = (*MODES, "keys", "random")
 
 
 class Draws(Protocol):
@@ -80,24 +84,28 @@ def make_mask(
     """Return a mask [f, h, w] bool, True = to be made.
 
     Args:
-        mode: one of `MODES`, or "random": spatio-temporal with probability 0.2, else one of the other six.
+        mode: one of `MODES`; "keys"; or "random": spatio-temporal with probability 0.2, else one of the other six published ones.
         frames, height, width: of the clip, in latents.
         draw: source of the draws.
-        given: frames that "predict" and "backward" give.
+        given: frames that "predict", "backward" and "keys" give.
         ratio: share of the area that "spatial_temporal" hides.
         official: keep the published quirk.
 
     Raises:
-        ValueError: for an unknown mode.
+        ValueError: for an unknown mode, or fewer than two keys.
     """
+    if mode == "keys" and given < 2:
+        raise ValueError(f"mask mode 'keys' needs at least 2 given frames, got {given}.")
     if mode == "random":
         mode = MODES[6] if draw.random() < 0.2 else MODES[draw.randint(0, 5)]
-    choose(mode, MODES, "mask mode")
+    choose(mode, ALL_MODES, "mask mode")
+    keys = {round(i * (frames - 1) / (given - 1)) for i in range(given)} if mode == "keys" else set()
     rules: dict[str, Callable[[int], bool]] = {
         "predict": lambda i: i >= given,
         "backward": lambda i: i < frames - given,
         "interpolation": lambda i: i % 4 != 0,
         "unconditional": lambda i: True,
+        "keys": lambda i: i not in keys,
     }
     mask = torch.zeros(frames, height, width, dtype=torch.bool)
     if mode == "spatial_temporal":
@@ -111,3 +119,36 @@ def make_mask(
         rules[mode] = lambda i: draw.random() < 0.8
     mask[[rules[mode](i) for i in range(frames)]] = True
     return mask
+
+
+class MaskMixture:
+    """Masks of several modes, each with a weight.
+
+    Args:
+        weights: mode -> weight; "predict:1" is the mode "predict" with one given frame.
+        official: keep the published quirk.
+
+    Raises:
+        ValueError: for unknown modes, numbers that are none, or weights that are negative or all zero.
+
+    Example:
+        >>> MaskMixture({"predict:1": 1.0}).draw(3, 1, 1, 0.5).flatten().tolist()
+        [False, True, True]
+    """
+
+    def __init__(self, weights: Mapping[str, float], official: bool = False) -> None:
+        self.entries, self.weights, self.official = [], list(weights.values()), official
+        for entry in weights:
+            mode, _, number = entry.partition(":")
+            choose(mode, ALL_MODES, "mask mode")
+            if number and not (number.isdigit() and int(number) > 0):
+                raise ValueError(f"masks: {entry!r} must be a mode, or mode:N with N given frames.")
+            self.entries.append((mode, int(number) if number else 8))
+        if not weights or min(self.weights) < 0 or not sum(self.weights) > 0:
+            raise ValueError(f"masks: weights must be at least 0 and one of them above, got {dict(weights)}.")
+
+    def draw(self, frames: int, height: int, width: int, uniform: float) -> Tensor:
+        """Return the mask [f, h, w] that a number in [0, 1) decides."""
+        source = random.Random(int(uniform * 2**53))
+        mode, given = source.choices(self.entries, self.weights)[0]
+        return make_mask(mode, frames, height, width, source, given=given, official=self.official)

@@ -1,7 +1,7 @@
 """Video clips for evaluation, and Frechet distances over them: FVD on I3D's logits, or on the features of a picture network.
 
 Clips come from an array [n, f, h, w, 3] uint8 (`.npy`, `.npz`), from a folder of folders of frames (each a clip, frames by name), or from
-a folder of video files (extra `video`). Every clip gives its first frames, every `stride`-th.
+a folder of GIF, WebP or video files (the latter: extra `video`). Every clip gives its first frames, every `stride`-th.
 
 Letters: n clips, f frames, h w rows and columns.
 """
@@ -9,7 +9,7 @@ Letters: n clips, f frames, h w rows and columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from genkit.checks import choose, shorten
 from genkit.data.images import find_pictures
+from genkit.data.video_files import FILMS, iterate_clip
 from genkit.eval.features import FeatureNetwork
 from genkit.eval.frechet import GaussianStatistics, frechet_distance, merged
 from genkit.eval.i3d import I3D, LEAST_FRAMES
@@ -26,7 +27,7 @@ from genkit.eval.metrics import GROUPS, QUANTILE, jackknife
 from genkit.eval.pictures import decode, open_array
 from genkit.eval.video import PREPARATIONS, prepare_clips
 
-VIDEOS = (".mp4", ".webm", ".avi", ".mov", ".mkv", ".gif")
+VIDEOS = (*FILMS, ".gif", ".webp")
 DDOF = {"stylegan-v": 0}  # what a protocol's covariances subtract from n; 1 for the others
 
 
@@ -81,25 +82,10 @@ class Clips:
         if item.is_dir():
             pictures = [decode(file, str(file), None)[0] for file in find_pictures(item)[: last : self.stride]]
         else:
-            pictures = [frame for i, frame in zip(range(last), _video_frames(item), strict=False) if i % self.stride == 0]
+            pictures = [frame for frame, _ in islice(iterate_clip(item), 0, last, self.stride)]
         if len(pictures) < self.frames:
             raise ValueError(f"{item} has fewer than {last} frames.")
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def _video_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
-    """Decode a video file.
-
-    Raises:
-        ImportError: if PyAV is missing.
-    """
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(f"reading {path.name} needs PyAV: pip install 'genkit-torch[video]', or give frames as pictures.") from error
-    with av.open(str(path)) as container:
-        for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
 
 
 class ClipFeatures:

@@ -9,27 +9,17 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch.testing import assert_close
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from genkit.generators.edm import EDMUNet2DModel
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
 from genkit.schedulers.edm_heun import EDMHeunScheduler
-from genkit.tasks.text_encoder import train_tokenizer
 from tests.distill.toy import NAMES, UNET, denoiser, teacher
+from tests.pipelines.toy import text_parts
 
 
 def student(label_dim: int = 2) -> Any:
     return OneStepPipeline(denoiser(label_dim), id2label=dict(NAMES) if label_dim else None)
-
-
-def text_parts(width: int = 6) -> dict[str, Any]:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(["a golden chest", "a table"], 260, 8)
-    sizes = {"hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": width}
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **sizes, **ids)
-    return {"text_encoder": CLIPTextModelWithProjection(config).eval(), "tokenizer": tokenizer}
 
 
 def test_a_picture_depends_on_its_seed_alone() -> None:

@@ -15,7 +15,7 @@ from genkit.training.config import TrainConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 from tests.distill.toy import UNET, pictures
-from tests.pipelines.test_edm import text_parts
+from tests.pipelines.toy import text_parts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,20 @@
+"""Small parts of pipelines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from genkit.tasks.text_encoder import train_tokenizer
+
+
+def text_parts(width: int = 6) -> dict[str, Any]:
+    """Return a text encoder with random weights, and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a golden chest", "a table"], 260, 8)
+    sizes = {"hidden_size": 12, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": width}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=8, **sizes, **ids)
+    return {"text_encoder": CLIPTextModelWithProjection(config).eval(), "tokenizer": tokenizer}

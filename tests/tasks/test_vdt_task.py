@@ -1,0 +1,149 @@
+"""Training of the video transformer: text, latents, sprites; exact resume; masks; a pipeline at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch.testing import assert_close
+
+from genkit.data.clips import open_clips
+from genkit.data.video_masks import MaskMixture
+from genkit.pipelines.base import GenPipeline
+from genkit.tasks.vdt import Config, DiffusionConfig, SamplingConfig, VDTTask, build
+from genkit.training.config import TrainConfig
+from genkit.training.loop import Trainer
+from genkit.training.task import StepContext
+from tests.data.toy import strips, write_views
+from tests.pipelines.toy import text_parts
+
+MODEL: dict[str, Any] = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    return str(write_views(folder / "train.parquet", list(strips())))
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GENKIT_CACHE", str(tmp_path / "cache"))
+
+
+def task(data: str, text: bool = False, vae: Any = None, **options: Any) -> VDTTask:
+    own = {"model": MODEL, "sampling": SamplingConfig(num_inference_steps=2), **options}
+    config = Config(data=data, image_size=8, num_frames=4, **own)
+    parts = text_parts() if text else None
+    return VDTTask(config, open_clips(data, 8, 4), (parts["text_encoder"], parts["tokenizer"]) if parts else None, vae)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("text", [True, False])
+def test_a_run_ends_in_a_pipeline(text: bool, optimizer: str, data: str, tmp_path: Path) -> None:
+    def fresh() -> VDTTask:
+        masks = {"random": 1.0, "predict:1": 1.0, "keys:2": 1.0}
+        return task(
+            data, text, optimizer=optimizer, masks=masks, gradient_checkpointing=text, diffusion=DiffusionConfig(predict_clean=text)
+        )
+
+    config = TrainConfig(out=str(tmp_path / "a"), steps=4, batch_size=4, checkpoint_every=2, log_every=1, sample_every=4)
+    assert Trainer(fresh(), config).run().losses["main"] > 0
+    torn = TrainConfig(**{**config.__dict__, "out": str(tmp_path / "b")})
+    Trainer(fresh(), torn).run(until=2)
+    Trainer(fresh(), torn).run()
+    clips = []
+    for out in "ab":
+        pipe: Any = GenPipeline.from_pretrained(tmp_path / out / "export")
+        pipe.set_progress_bar_config(disable=True)
+        clips.append(pipe("a table" if text else None, generator=[1], output_type="pt").frames)
+    assert torch.equal(*clips) and pipe.transformer.config["merged"]
+    assert pipe.scheduler.config["prediction_type"] == ("sample" if text else "epsilon")
+    assert {file.name.split("-")[0] for file in (tmp_path / "a" / "samples").iterdir()} == {"animated", "generated"}
+
+
+def test_turntables_begin_anywhere_and_stay_in_order(data: str) -> None:
+    built = task(data)
+    frames = torch.arange(4.0).view(1, 4, 1, 1, 1).expand(64, 4, 3, 1, 1)
+    context = StepContext(0, 0, torch.device("cpu"))
+    found = built.clips({"frames": frames}, context)[:, :, 0, 0, 0]
+    assert {int(row[0]) for row in found} == {0, 1, 2, 3}
+    assert torch.equal((found - found[:, :1]) % 4, torch.arange(4.0).expand(64, 4))
+    fixed = task(data, any_start=False).clips({"frames": frames}, context)
+    assert torch.equal(fixed, frames)
+
+
+def test_what_is_given_gets_no_error(data: str) -> None:
+    built = task(data, masks={"predict:3": 1.0}, model={**MODEL, "learn_sigma": False})
+    built.dataset()
+    seen = []
+    built.modules["transformer"].register_forward_hook(lambda module, args, output: seen.append((args[0], output.sample)))
+    batch = {"frames": torch.randn(2, 4, 3, 8, 8), "index": torch.arange(2)}
+    phase = next(iter(built.step(batch, StepContext(0, 0, torch.device("cpu")))))
+    x, output = seen[0]
+    (gradient,) = torch.autograd.grad(phase.loss, output)
+    assert float(gradient[:, :3].abs().max()) == 0 and float(gradient[:, 3].abs().max()) > 0
+    clean = built.clips(batch, StepContext(0, 0, torch.device("cpu")))
+    assert torch.equal(x[:, :3], clean[:, :3]) and not torch.equal(x[:, 3], clean[:, 3])
+
+
+def test_latents_come_from_the_posterior_a_few_frames_at_a_time(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                        latent_channels=4, norm_num_groups=2, sample_size=8).eval()  # fmt: skip
+    built = task(data, vae=vae, model={**MODEL, "patch_size": 2})
+    assert cast(Any, built.modules["transformer"]).config["in_channels"] == 4
+    frames, context = torch.rand(2, 4, 3, 8, 8), StepContext(0, 0, torch.device("cpu"))
+    whole = built.latents(frames, context)
+    monkeypatch.setattr("genkit.tasks.vdt.ENCODED_AT_ONCE", 3)
+    assert_close(built.latents(frames, context), whole, rtol=1e-5, atol=1e-5)
+    assert whole.shape == (2, 4, 4, 4, 4) and not torch.equal(whole, built.latents(frames, StepContext(1, 0, torch.device("cpu"))))
+    Trainer(built, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2, sample_every=1)).run()
+    pipe: Any = GenPipeline.from_pretrained(tmp_path / "run" / "export")
+    assert pipe.vae is not None and pipe.image_size == (8, 8)
+
+
+def test_sprites_train_too(tmp_path: Path) -> None:
+    np.save(tmp_path / "digits.npy", np.full((3, 28, 28), 255, np.uint8))
+    config = Config(sprites=str(tmp_path / "digits.npy"), sequences=5, image_size=32, num_frames=3, model={**MODEL, "patch_size": 8})
+    built = build(config)
+    assert cast(Any, built.modules["transformer"]).config["in_channels"] == 3
+    Trainer(built, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2)).run()
+
+
+def test_mixtures_draw_their_modes() -> None:
+    mixture = MaskMixture({"predict:1": 3.0, "unconditional": 1.0, "keys:3": 0.0})
+    masks = [mixture.draw(5, 1, 1, (i + 0.5) / 400).flatten().tolist() for i in range(400)]
+    share = sum(mask[0] is False for mask in masks) / 400
+    assert 0.65 < share < 0.85 and all(mask[1:] == [True] * 4 for mask in masks)
+    keys = MaskMixture({"keys:3": 1.0}).draw(5, 1, 1, 0.1).flatten().tolist()
+    assert keys == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": None}, "give data or sprites"),
+        ({"sprites": "b"}, "give data or sprites"),
+        ({"masks": {"predickt": 1.0}}, "predict"),
+        ({"masks": {"predict:x": 1.0}}, "mode:N"),
+        ({"masks": {"predict": 0.0}}, "weights"),
+        ({"masks": {}}, "weights"),
+        ({"null_probability": 2.0}, "null_probability must lie in"),
+        ({"lr": 0.0}, "lr and prompts_per_clip"),
+        ({"text_encoder": "a"}, "give both or none"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**{"data": "a", **options})
+
+
+def test_text_needs_captions(tmp_path: Path) -> None:
+    np.save(tmp_path / "clips.npy", np.zeros((2, 4, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="no captions"):
+        task(str(tmp_path / "clips.npy"), text=True)
