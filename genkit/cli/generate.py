@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.cli._models import check_model
 from genkit.cli._output import add_json, positive, print_json
+from genkit.cli._sampling import add_sampling, check_out_folder, choose_seeds, load_pipeline, sampling_options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,43 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="FILE", help="grid to write, a .png; replaced if there (default: the prompt's words, next free name)")
     add("--each", action="store_true", help="also write every picture alone, beside the grid, as generated")
     add("--size", type=positive, metavar="PIXELS", help="width of a picture in the grid, resized without smoothing (default: as generated)")
-    add("--seed", type=seed, metavar="N", help="seed of the first picture; the next take N+1, N+2, ... (default: random, and printed)")
-    add("--steps", type=positive, metavar="N", help="sampling steps (default: the model's)")
-    add("--guidance-scale", type=guidance, metavar="G", help="how closely to follow the prompt, 1 is off (default: the model's)")
     add("--image", type=Path, metavar="FILE", help="picture to repaint, with --mask")
     add("--mask", type=Path, metavar="FILE", help="black and white picture: white is painted anew, black is kept")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default: %(default)s)")
+    add_sampling(parser, "picture")
     add_json(parser)
-
-
-def seed(text: str) -> int:
-    """Parse a seed (an argparse type)."""
-    if not text.isdigit() or int(text) >= 2**62:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**62 - 1, got {text!r}")
-    return int(text)
-
-
-def guidance(text: str) -> float:
-    """Parse a guidance scale (an argparse type)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 1):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 1 (1 is off), got {text!r}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, write, and say where and how long it took."""
     check(args)
     began = time.perf_counter()
-    pipe = load(args)
+    pipe = load_pipeline(args)
     loaded = time.perf_counter()
-    count = len(args.prompt) * args.num_images
-    first = secrets.randbelow(2**31) if args.seed is None else args.seed
-    seeds = list(range(first, first + count))
+    seeds = choose_seeds(args, len(args.prompt) * args.num_images)
     images = pipe(args.prompt, generator=seeds, **call_options(args, pipe)).images
     done = time.perf_counter()
     paths = write(args, images, seeds)
@@ -93,23 +69,8 @@ def check(args: argparse.Namespace) -> None:
     if args.out is not None:
         if args.out.suffix.lower() != ".png":
             raise ValueError(f"--out must end in .png, got {str(args.out)!r}.")
-        folder = args.out.absolute().parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--out: there is no folder {str(folder)!r}; make it first.")
+        check_out_folder(args.out)
     check_model(args.model)
-
-
-def load(args: argparse.Namespace) -> GenPipeline:
-    """Load the pipeline and put it on the device."""
-    import torch
-
-    from genkit.cli._models import pick_device
-    from genkit.pipelines.base import GenPipeline
-
-    device = pick_device(args.device)
-    pipe = GenPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
-    pipe.set_progress_bar_config(desc="generating", leave=False, disable=args.json)
-    return pipe.to(device)
 
 
 def call_options(args: argparse.Namespace, pipe: GenPipeline) -> dict[str, Any]:
@@ -120,14 +81,12 @@ def call_options(args: argparse.Namespace, pipe: GenPipeline) -> dict[str, Any]:
     """
     from PIL import Image, UnidentifiedImageError
 
+    if "frames" in inspect.signature(pipe.__call__).parameters:
+        raise ValueError(f"{args.model} makes clips, not pictures; use `genkit video --model {args.model}`.")
     if args.image is not None and "image" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"--image and --mask: {args.model} is a {type(pipe).__name__}, which cannot repaint; leave them out.")
 
-    options: dict[str, Any] = {"num_images_per_prompt": args.num_images}
-    if args.steps is not None:
-        options["num_inference_steps"] = args.steps
-    if args.guidance_scale is not None:
-        options["guidance_scale"] = args.guidance_scale
+    options: dict[str, Any] = {"num_images_per_prompt": args.num_images, **sampling_options(args)}
     for name, path in (("image", args.image), ("mask_image", args.mask)):
         if path is None:
             continue
