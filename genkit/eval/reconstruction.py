@@ -64,12 +64,14 @@ class Window:
         sample: use sample covariances, n / (n - 1) times the population's, n the window's pixels.
         reflect: pad the pictures by reflection and average over the full image; else only where the window fits.
         luma: compare 0.299 R + 0.587 G + 0.114 B instead of averaging over channels.
+        value_range: r; pictures lie in [0, 1] whatever it is.
     """
 
     weights: tuple[float, ...]
     sample: bool = False
     reflect: bool = False
     luma: bool = False
+    value_range: float = 1.0
 
     def filter(self, x: Tensor) -> Tensor:
         """Average pictures [b, c, h, w] over the window wherever it fits."""
@@ -85,18 +87,20 @@ def _gaussian(size: int, sigma: float) -> tuple[float, ...]:
 
 
 GAUSS, UNIFORM = _gaussian(11, 1.5), (1 / 7,) * 7
-# "skimage" is scikit-image's default, "wang" the paper's (scikit-image with gaussian weights and population covariance).
+# "skimage" is scikit-image's default, "wang" the paper's (scikit-image with gaussian weights and population covariance). "openstl" takes
+# floats in [0, 1] for a range of 2, as scikit-image once did by itself: the figures of video prediction papers, higher than they should be.
 WINDOWS = {
     "skimage": Window(UNIFORM, sample=True),
     "wang": Window(GAUSS),
     "wang-luma": Window(GAUSS, luma=True),
     "torchmetrics": Window(GAUSS, reflect=True),
+    "openstl": Window(UNIFORM, sample=True, value_range=2.0),
 }
 
 
-def _maps(x: Tensor, y: Tensor, window: Window, value_range: float) -> tuple[Tensor, Tensor]:
-    """Return SSIM and its contrast-structure part at every place, [b, c, h', w'], of pictures in 0..range."""
-    c1, c2 = (0.01 * value_range) ** 2, (0.03 * value_range) ** 2
+def ssim_maps(x: Tensor, y: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Return SSIM and its contrast-structure part at every place, [b, c, h', w'], of pictures [b, c, h, w] in [0, 1]."""
+    c1, c2 = (0.01 * window.value_range) ** 2, (0.03 * window.value_range) ** 2
     if window.luma:
         weights = x.new_tensor(LUMA)[:, None, None]
         x, y = ((picture * weights).sum(1, keepdim=True) for picture in (x, y))
@@ -126,7 +130,7 @@ def ssim_per_image(images: Tensor, originals: Tensor, window: str = "skimage") -
     size = len(WINDOWS[window].weights)
     if min(x.shape[-2:]) < size:
         raise ValueError(f"ssim_per_image: pictures must be at least {size}x{size} pixels (the window), got {x.shape[-2]}x{x.shape[-1]}.")
-    return _maps(x, y, WINDOWS[window], 1.0)[0].mean((1, 2, 3))
+    return ssim_maps(x, y, WINDOWS[window])[0].mean((1, 2, 3))
 
 
 MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -154,7 +158,7 @@ def ms_ssim_per_image(images: Tensor, originals: Tensor, betas: Sequence[float] 
         )
     crop, result = len(GAUSS) // 2, torch.ones(len(x), dtype=x.dtype, device=x.device)
     for i, beta in enumerate(betas):
-        similarity, structure = _maps(x, y, window, 1.0)
+        similarity, structure = ssim_maps(x, y, window)
         value = similarity if i + 1 == len(betas) else structure[..., crop:-crop, crop:-crop]
         result = result * value.mean((1, 2, 3)).clamp_min(0) ** beta
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
