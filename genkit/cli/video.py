@@ -110,7 +110,7 @@ def check(args: argparse.Namespace) -> None:
     check_model(args.model)
 
 
-def fit(args: argparse.Namespace, pipe: Any, frames: Frames | None, masks: Frames | None) -> tuple[Frames | None, Any]:
+def fit(args: argparse.Namespace, pipe: Any, frames: Frames | None, masks: Any) -> tuple[Frames | None, Any]:
     """Return frames at the model's size, and what a call takes as `mask`.
 
     Raises:
