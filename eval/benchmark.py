@@ -9,6 +9,7 @@
     python eval/benchmark.py inception --threads 1                  # FID features against the plain fp32 loop; --files 64 with decoding
     python eval/benchmark.py heun --threads 1                       # EDM's sampler against the plain loop, official CIFAR-10 size
     python eval/benchmark.py distill --threads 1                    # SIM's steps against the naive way: seconds and memory
+    python eval/benchmark.py vdt --threads 1                        # VDT-S/2, 16 frames of 32x32 latents; also --dtype bfloat16
 
 Prints the machine, threads, dtype, and of each way the median and the spread. The tokens of both ways must be equal in float32.
 """
@@ -16,8 +17,9 @@ Prints the machine, threads, dtype, and of each way the median and the spread. T
 from _bench_distill import distill, heun
 from _bench_enat import attend, enat, search
 from _bench_eval import frechet, inception
+from _bench_vdt import vdt
 from jsonargparse import auto_cli
 
 if __name__ == "__main__":
-    parts = {"enat": enat, "search": search, "attend": attend, "frechet": frechet, "inception": inception, "heun": heun, "distill": distill}
-    auto_cli(parts)
+    parts = [enat, search, attend, frechet, inception, heun, distill, vdt]
+    auto_cli({part.__name__: part for part in parts})
