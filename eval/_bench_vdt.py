@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from genkit.blocks.fast_linear import is_worthwhile, with_fast_linear
 from genkit.convert.vdt import to_official
 from genkit.generators.vdt import SIZES, VDTTransformer3DModel
 
@@ -104,10 +105,13 @@ def vdt(
     model = model.to(device, getattr(torch, dtype))
     model.merge_temporal()
     x, t = torch.randn(batch, frames, 4, side, side).to(device), torch.full((batch,), 500, device=device)
-    ways = {"plain, fp32": lambda: plain(x, t), f"genkit, {dtype}": lambda: model(x.to(model.dtype), t).sample.float()}
+    ways = {"plain, fp32": lambda: plain(x, t)}
+    if device == "cpu" and is_worthwhile():
+        ways["plain, fp32, oneDNN"] = torch.no_grad()(with_fast_linear(lambda: plain(x, t)))  # what the faster library alone brings
+    ways[f"genkit, {dtype}"] = torch.no_grad()(lambda: model(x.to(model.dtype), t).sample.float())
     if compiled:
         fast = copy.deepcopy(model)
         fast.compile_repeated_blocks()
-        ways[f"genkit, {dtype}, compiled"] = lambda: fast(x.to(model.dtype), t).sample.float()
+        ways[f"genkit, {dtype}, compiled"] = torch.no_grad()(lambda: fast(x.to(model.dtype), t).sample.float())
     print(f"{size}, {batch} x {frames} frames of {side}x{side} latents; {machine(device)}")
     report(timed(ways, repeats, device), batch, "clips")

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.branch import Branch
+from genkit.blocks.fast_linear import with_fast_linear
 from genkit.blocks.mlp import MLPConfig
 from genkit.checks import check_shape, choose
 
@@ -208,6 +209,7 @@ class PredFormer(ModelMixin, ConfigMixin):
         """Side of a patch."""
         return int(self.config["patch_size"])
 
+    @with_fast_linear
     def next_frames(self, x: Tensor) -> Tensor:
         """Return the next frames [b, f, c, h, w] of frames in the network's own range."""
         p, (rows, columns) = self.patch, self.grid

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from genkit.blocks.axial import AxialAttention, AxialConfig
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.embeddings import sincos_1d, sincos_2d
+from genkit.blocks.fast_linear import with_fast_linear
 from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.modulation import Modulation, modulate
@@ -204,6 +205,7 @@ class VDTTransformer3DModel(ModelMixin, ConfigMixin):
             found = found + self.text(rows)
         return found
 
+    @with_fast_linear
     def forward(
         self,
         sample: Tensor,
