@@ -127,6 +127,15 @@ class Case:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
 
 
+def with_gradients(model: Any) -> Any:
+    """Return a model whose weights are another's gradients, zero where there are none: converters then name gradients too."""
+    shadow = type(model)(**{key: value for key, value in model.config.items() if not key.startswith("_")})
+    with torch.no_grad():
+        for mine, theirs in zip(shadow.parameters(), model.parameters(), strict=True):
+            mine.copy_(torch.zeros_like(mine) if theirs.grad is None else theirs.grad)
+    return shadow
+
+
 @dataclass
 class CaseResult:
     """What became of a case: `ok`, `failed`, `skipped` (no runner), or `computed` (nothing to compare with)."""

@@ -13,7 +13,7 @@ from genkit.convert import mimo_vp as mimo_layout
 from genkit.convert import predformer as predformer_layout
 from genkit.generators.mimo_vp import fold_frames, unfold_frames
 from genkit.generators.predformer import interleaved_sines
-from genkit.parity.base import Case
+from genkit.parity.base import Case, with_gradients
 
 LAYOUTS = {"FullAttention": "full", "FacST": "fac_st", "FacTS": "fac_ts"}
 
@@ -54,7 +54,7 @@ def predformer(case: Case) -> dict[str, Tensor]:
         loss.backward()
         results |= {f"{variant}/out": out, f"{variant}/mse_loss": loss}
         results |= {f"{variant}/act.{name}": _as_stored(name, value, x.shape, layout) for name, value in raw.items()}
-        gradients = predformer_layout.to_official(_with_gradients(model))
+        gradients = predformer_layout.to_official(with_gradients(model))
         results |= {f"{variant}/grad.{key}": value for key, value in gradients.items()}
         if shape := case.output_shapes.get(f"{variant}/rollout"):
             results[f"{variant}/rollout"] = (model(x * 2 - 1, shape[1]).frames + 1) / 2
@@ -69,15 +69,6 @@ def _as_stored(name: str, value: Tensor, shape: torch.Size, layout: str) -> Tens
         return value
     b, f = shape[:2]
     return value.unflatten(0, (b, -1)).transpose(1, 2) if layout[-1] == "T" else value.unflatten(0, (b, f))
-
-
-def _with_gradients(model: Any) -> Any:
-    """Return a model whose weights are another's gradients."""
-    shadow = type(model)(**{key: value for key, value in model.config.items() if not key.startswith("_")})
-    with torch.no_grad():
-        for mine, theirs in zip(shadow.parameters(), model.parameters(), strict=True):
-            mine.copy_(torch.zeros_like(mine) if theirs.grad is None else theirs.grad)
-    return shadow
 
 
 def mimo_vp(case: Case) -> dict[str, Tensor]:
@@ -102,5 +93,5 @@ def mimo_vp(case: Case) -> dict[str, Tensor]:
     loss = 10 * F.mse_loss(every, wanted) + F.l1_loss(every, wanted)
     loss.backward()
     results = {"patched_input": folded[:, :1], "out_all": every, "pred_video": unfold_frames(found[-1], p), "loss": loss, **raw}
-    results |= {f"grad.{key}": value for key, value in mimo_layout.to_official(_with_gradients(model)).items()}
+    results |= {f"grad.{key}": value for key, value in mimo_layout.to_official(with_gradients(model)).items()}
     return {name: value for name, value in results.items() if not case.output_names or name in case.output_names}
