@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.checks import shorten
+from genkit.data.winding import winding_numbers
 from genkit.eval import shapes
 
 SUFFIXES = (".obj", ".ply", ".stl", ".glb", ".gltf", ".off")
@@ -93,7 +94,7 @@ def _occupancies(true: Any, predicted: Any, surface: Tensor, queries: int, scale
     found = {}
     for name, points in (("volume-iou", volume), ("surface-iou", near)):
         inside = [
-            shapes.winding_numbers(points, torch.from_numpy(np.array(m.vertices)), torch.from_numpy(np.array(m.faces))) > 0.5
+            winding_numbers(points, torch.from_numpy(np.array(m.vertices)), torch.from_numpy(np.array(m.faces))) > 0.5
             for m in (true, predicted)
         ]
         found[name] = shapes.occupancy_iou(*inside)

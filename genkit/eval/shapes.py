@@ -16,14 +16,12 @@ Letters: p true, q predicted points, v vertices, f faces.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genkit.checks import check_shape
-from genkit.eval.distances import CHUNK, distance_blocks
+from genkit.eval.distances import distance_blocks
 
 
 def nearest_points(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,31 +97,6 @@ def edge_points(points: Tensor, normals: Tensor, radius: float = 0.004, abs_cos:
     unit = normals.double()
     found = [((block <= radius) & ((unit[rows] @ unit.T).abs() < abs_cos)).any(1) for rows, block in distance_blocks(points, points)]
     return torch.cat(found)
-
-
-def winding_numbers(queries: Tensor, vertices: Tensor, faces: Tensor) -> Tensor:
-    """Return the generalised winding number of a mesh around points: about 1 inside, 0 outside.
-
-    w = sum over faces of 2 atan2(a . (b x c), |a||b||c| + (a.b)|c| + (b.c)|a| + (c.a)|b|) / 4 pi; a, b, c from the point to the corners
-
-    Args:
-        queries: [q, 3].
-        vertices: [v, 3].
-        faces: [f, 3], integer.
-
-    Returns:
-        [q] float64.
-    """
-    check_shape(queries, "winding_numbers: queries", "q 3")
-    corners = vertices.double()[faces.long()]
-    totals = []
-    for part in queries.double().split(max(1, CHUNK // (16 * max(len(faces), 1)))):
-        a, b, c = (corners[None] - part[:, None, None]).unbind(2)
-        la, lb, lc = a.norm(dim=-1), b.norm(dim=-1), c.norm(dim=-1)
-        volume = (a * torch.linalg.cross(b, c)).sum(-1)
-        size = la * lb * lc + (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
-        totals.append(2 * torch.atan2(volume, size).sum(1))
-    return torch.cat(totals) / (4 * math.pi)
 
 
 def occupancy_iou(first: Tensor, second: Tensor) -> float:

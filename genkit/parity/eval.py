@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genkit.data.winding import winding_numbers
 from genkit.eval import inception_score as scores
 from genkit.eval import kernels, manifold, shapes, similarity
 from genkit.eval.distances import neighbour_radii
@@ -401,7 +402,7 @@ def _edges(data: Mapping[str, Tensor], config: Mapping[str, float]) -> Results:
 
 def _occupancy(data: Mapping[str, Tensor]) -> Results:
     def winding(queries: str, side: str) -> Tensor:
-        return shapes.winding_numbers(data[queries], data[f"{side}.vertices"], data[f"{side}.faces"])
+        return winding_numbers(data[queries], data[f"{side}.vertices"], data[f"{side}.faces"])
 
     volume, surface = ({side: winding(queries, side) for side in ("gt", "pred")} for queries in ("volume_queries", "surface_queries"))
     iou = {name: _value(shapes.occupancy_iou(w["gt"] > 0.5, w["pred"] > 0.5)) for name, w in (("v_iou", volume), ("s_iou", surface))}

@@ -10,6 +10,7 @@ import trimesh
 from torch import Tensor
 from torch.testing import assert_close
 
+from genkit.data.winding import winding_numbers
 from genkit.eval import shapes
 
 
@@ -58,10 +59,10 @@ def test_only_points_near_edges_are_edge_points() -> None:
 def test_winding_number_tells_inside_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     vertices, faces = box()
     queries = torch.tensor([[0.0, 0, 0], [0.4, 0.4, 0.4], [0.6, 0, 0], [3.0, 3, 3]])
-    found = shapes.winding_numbers(queries, vertices, faces)
+    found = winding_numbers(queries, vertices, faces)
     assert_close(found, torch.tensor([1.0, 1, 0, 0], dtype=torch.float64), rtol=0, atol=1e-9)
-    monkeypatch.setattr("genkit.eval.shapes.CHUNK", 1)
-    assert_close(shapes.winding_numbers(queries, vertices, faces), found, rtol=0, atol=1e-12)
+    monkeypatch.setattr("genkit.data.winding.CHUNK", 1)
+    assert_close(winding_numbers(queries, vertices, faces), found, rtol=0, atol=1e-12)
 
 
 def test_iou() -> None:
