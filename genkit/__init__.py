@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
     from genkit.pipelines.pixart_one_step import PixArtOneStepPipeline
+    from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
     from genkit.pipelines.vdt import VDTPipeline
     from genkit.schedulers.edm_heun import EDMHeunScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
+    from genkit.tokenizers.shape_vae import ShapeVAE
     from genkit.tokenizers.vit_vqgan import ViTVQModel
 
 __version__ = "0.1.0"
@@ -49,6 +51,8 @@ EXPORTS = {
     "PixArtOneStepPipeline": "genkit.pipelines.pixart_one_step",
     "PredFormer": "genkit.generators.predformer",
     "SchedulerMixin": "diffusers",
+    "ShapeReconstructionPipeline": "genkit.pipelines.shape_reconstruction",
+    "ShapeVAE": "genkit.tokenizers.shape_vae",
     "VDTPipeline": "genkit.pipelines.vdt",
     "VDTTransformer3DModel": "genkit.generators.vdt",
     "ViTVQModel": "genkit.tokenizers.vit_vqgan",
@@ -70,6 +74,8 @@ __all__ = [
     "PixArtOneStepPipeline",
     "PredFormer",
     "SchedulerMixin",
+    "ShapeReconstructionPipeline",
+    "ShapeVAE",
     "VDTPipeline",
     "VDTTransformer3DModel",
     "ViTVQModel",

@@ -16,7 +16,7 @@ from torch import Tensor
 from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill
 from genkit.tokenizers.shape_vae import SIZES, ShapeVAE
 
-COMPONENT, PIPELINE = "vae", None
+COMPONENT, PIPELINE = "vae", "ShapeReconstructionPipeline"
 FILES = ("model.fp16.safetensors", "model.fp16.ckpt")
 HEADS = 16  # of every released file
 OFFICIAL = (

@@ -1,0 +1,157 @@
+"""ShapeReconstructionPipeline: a mesh through a shape VAE and back: what the latents of a generator can hold.
+
+Hunyuan3D 2.0 (arXiv 2501.12202) and FlashVDM (arXiv 2503.16302). The mesh is centred and scaled for the model and the result put back.
+
+Letters: b meshes, n latent tokens, e width of a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from genkit.checks import choose
+from genkit.data.surfaces import normalised, surface_points
+from genkit.pipelines.base import GenPipeline
+from genkit.pipelines.outputs import MemoryEstimate
+from genkit.pipelines.seeds import Seeds, resolve_seeds
+from genkit.tokenizers.adaptive_kv import FlashDecoder
+from genkit.tokenizers.isosurface import decimated, isosurface, to_mesh, without_floaters
+from genkit.tokenizers.shape_vae import ShapeVAE
+from genkit.tokenizers.volume_decoders import DenseDecoder, HierarchicalDecoder, check_resolution
+from genkit.tokenizers.volume_grid import SparseField
+
+if TYPE_CHECKING:
+    import trimesh
+
+DECODERS: dict[str, type[Any]] = {"dense": DenseDecoder, "hierarchical": HierarchicalDecoder, "flash": FlashDecoder}
+
+
+@dataclass
+class ShapeOutput(BaseOutput):
+    """Shapes.
+
+    Attributes:
+        meshes: list of `trimesh.Trimesh`.
+        latents: [b, n, e] latent tokens.
+        fields: what was evaluated of each shape.
+        seeds: of the surface points of each mesh.
+    """
+
+    meshes: list[Any]
+    latents: Tensor
+    fields: list[SparseField]
+    seeds: list[int]
+
+
+class ShapeReconstructionPipeline(GenPipeline):
+    """Meshes to latent tokens and back.
+
+    Args:
+        vae: with an encoder.
+        octree_resolution: of the grid, used when a call gives none.
+        decoder: key of `DECODERS`, used when a call gives none.
+
+    Raises:
+        ValueError: for a VAE without encoder, or an unknown decoder.
+    """
+
+    model_cpu_offload_seq = "vae"
+
+    def __init__(self, vae: ShapeVAE, octree_resolution: int = 256, decoder: str = "hierarchical") -> None:
+        super().__init__()
+        if vae.encoder is None:
+            raise ValueError("ShapeReconstructionPipeline: this VAE is a decoder only; open a file with an encoder.")
+        choose(decoder, DECODERS, "decoder")
+        check_resolution(octree_resolution)
+        self.register_modules(vae=vae)
+        self.register_to_config(octree_resolution=octree_resolution, decoder=decoder)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        mesh: trimesh.Trimesh | Sequence[trimesh.Trimesh],
+        *,
+        octree_resolution: int | None = None,
+        decoder: str | None = None,
+        decoder_options: dict[str, Any] | None = None,
+        max_faces: int | None = None,
+        keep_floaters: bool = False,
+        generator: Seeds = None,
+    ) -> ShapeOutput:
+        """Reconstruct meshes.
+
+        Args:
+            mesh: one or several, of any size and place.
+            octree_resolution: cells of the grid a side; the pipeline's own if None.
+            decoder: "dense", "hierarchical" or "flash"; the pipeline's own if None.
+            decoder_options: of its constructor, `num_chunks` say.
+            max_faces: budget of each result; None for as many as come.
+            keep_floaters: keep connected parts with less than half a percent of the faces.
+            generator: seeds of the surface points, see `resolve_seeds`.
+
+        Returns:
+            Meshes at the places and sizes of the given ones, latents, fields, seeds.
+
+        Raises:
+            ValueError: for meshes that cannot be used, before any work is done on it; where no surface is found.
+        """
+        meshes = list(mesh) if isinstance(mesh, Sequence) else [mesh]
+        resolution = self.config["octree_resolution"] if octree_resolution is None else octree_resolution
+        check_resolution(resolution)
+        name = choose(self.config["decoder"] if decoder is None else decoder, DECODERS, "decoder")
+        decode = DECODERS[name](**self._options(name, resolution, decoder_options or {}))
+        prepared = [normalised(item) for item in meshes]
+        seeds = resolve_seeds(generator, len(meshes))
+        latents, fields, results = [], [], []
+        for (item, centre, factor), seed in zip(prepared, seeds, strict=True):
+            latent = self.encode(item, seed)
+            field = decode(self.vae, self.vae.decode(latent)[0], resolution)
+            found = to_mesh(isosurface(field), field.resolution, field.bound)
+            found = found if keep_floaters else without_floaters(found)
+            found = found if max_faces is None else decimated(found, max_faces)
+            found.vertices = np.asarray(found.vertices) / factor + centre
+            results.append(found)
+            latents.append(latent)
+            fields.append(field)
+        self.maybe_free_model_hooks()
+        return ShapeOutput(meshes=results, latents=torch.cat(latents), fields=fields, seeds=seeds)
+
+    @staticmethod
+    def _options(name: str, resolution: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Return a decoder's options; a resolution that cannot be halved down to the usual coarsest grid starts from a finer one."""
+        if name == "hierarchical" and "min_resolution" not in given:
+            coarse = resolution
+            while coarse % 2 == 0 and coarse // 2 >= HierarchicalDecoder.min_resolution:
+                coarse //= 2
+            return {**given, "min_resolution": coarse}
+        return given
+
+    def encode(self, mesh: trimesh.Trimesh, seed: int) -> Tensor:
+        """Return latent tokens [1, n, e], the posterior's mean, of a normalised mesh."""
+        config = self.vae.config
+        rows = surface_points(mesh, config["pc_size"], config["pc_sharpedge_size"], np.random.default_rng(seed))
+        surface = torch.from_numpy(rows[None, :, : 3 + config["point_feats"]]).to(self._execution_device)
+        return self.vae.encode(surface).mean
+
+    def estimate_memory(self, octree_resolution: int | None = None, num_chunks: int = 8000) -> MemoryEstimate:
+        """Estimate the peak memory of a call before it runs.
+
+        Args:
+            octree_resolution: as in a call.
+            num_chunks: points at a time.
+        """
+        resolution = self.config["octree_resolution"] if octree_resolution is None else octree_resolution
+        config, size = self.vae.config, next(self.vae.parameters()).element_size()
+        weights = sum(t.numel() * t.element_size() for t in self.vae.state_dict().values())
+        width = config["width"] // config["head_downsample"]
+        encoding = (config["pc_size"] + config["pc_sharpedge_size"]) * config["width"] * 4 * size
+        chunk = num_chunks * width * (3 + config["head_mlp_ratio"]) * 4
+        near = 24 * resolution**2 * 28  # points near the surface, with keys, values and their sorting
+        return MemoryEstimate(weights=weights, sampling=int(encoding), decoding=int(chunk + near))

@@ -1,0 +1,117 @@
+"""ShapeReconstructionPipeline and `genkit reconstruct` on a VAE that makes a ball of everything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+from genkit.cli.main import main
+from genkit.pipelines.base import GenPipeline
+from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
+from genkit.tokenizers.shape_vae import ShapeVAE
+
+RADIUS = 0.927  # along the axes: cos x = 0.6
+
+
+def ball_vae(**options: Any) -> ShapeVAE:
+    """A VAE whose field does not depend on its latents."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_latents": 8, "embed_dim": 4, "width": 16, "heads": 4, "num_encoder_layers": 1, "num_decoder_layers": 1}
+    points = {"pc_size": 32, "pc_sharpedge_size": 32, "downsample_ratio": 4}
+    vae = ShapeVAE(**{**sizes, **points, "head_ln_post": False, **options}).eval()
+    head: Any = vae.head
+    with torch.no_grad():
+        for layer in (head.attention.proj, head.block.branches[1].f.fc2, head.query_proj, head.out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        k = vae.config["num_freqs"]
+        head.query_proj.weight[0, [3 + 3 * k + axis * k for axis in range(3)]] = 1
+        head.query_proj.bias[0] = -2.6
+        head.out.weight[0, 0] = 4
+    return vae
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return ShapeReconstructionPipeline(ball_vae(), octree_resolution=32)
+
+
+@pytest.mark.parametrize("decoder", ["dense", "hierarchical", "flash"])
+def test_the_result_lies_where_the_mesh_was(pipe: Any, decoder: str) -> None:
+    box = trimesh.creation.box((20, 10, 10))
+    box.apply_translation([100, 0, -50])
+    output = pipe(box, decoder=decoder, generator=[1])
+    mesh = output.meshes[0]
+    np.testing.assert_allclose(mesh.bounds.mean(0), [100, 0, -50], atol=0.1)
+    assert mesh.extents[0] == pytest.approx(20 * RADIUS, rel=0.06)
+    assert mesh.is_watertight and output.latents.shape == (1, 8, 4) and output.seeds == [1]
+
+
+def test_seeds_budgets_and_several_meshes(pipe: Any) -> None:
+    meshes = [trimesh.creation.box((1, 2, 3)), trimesh.creation.icosphere(2)]
+    both = pipe(meshes, generator=[1, 2], max_faces=100)
+    alone = pipe(meshes[1], generator=[2], max_faces=100)
+    assert torch.equal(both.latents[1:], alone.latents) and not torch.equal(both.latents[:1], alone.latents)
+    assert all(len(mesh.faces) <= 100 for mesh in both.meshes)
+    assert pipe.estimate_memory().peak > pipe.estimate_memory(octree_resolution=16).peak > 0
+
+
+def test_saved_pipelines_open(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "pipe")
+    again: Any = GenPipeline.from_pretrained(tmp_path / "pipe")
+    box = trimesh.creation.box((1, 2, 3))
+    assert np.array_equal(again(box, generator=[1]).meshes[0].vertices, pipe(box, generator=[1]).meshes[0].vertices)
+
+
+def test_bad_input_is_refused(pipe: Any) -> None:
+    box = trimesh.creation.box()
+    for call, message in (
+        (lambda: pipe(trimesh.Trimesh()), "no faces"),
+        (lambda: pipe(box, octree_resolution=2), "octree_resolution must lie in"),
+        (lambda: pipe(box, decoder="octree"), "unknown decoder"),
+        (lambda: pipe(box, max_faces=2), "at least 4"),
+        (lambda: ShapeReconstructionPipeline(ball_vae(num_encoder_layers=None)), "decoder only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_command_writes_mesh_and_preview(pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe.save_pretrained(tmp_path / "pipe")
+    trimesh.creation.box((1, 2, 3)).export(tmp_path / "box.obj")
+    words = [
+        "reconstruct",
+        str(tmp_path / "box.obj"),
+        "--model",
+        str(tmp_path / "pipe"),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "x.glb"),
+    ]
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["watertight"] and 0 < record["metrics"]["volume-iou"] < 1 and record["evaluated"] == 1
+    mesh: Any = trimesh.load(tmp_path / "x.glb", force="mesh")
+    assert len(mesh.faces) == record["faces"]
+    preview = np.asarray(Image.open(record["preview"]))
+    assert preview.shape[1] > 8 * 160 and (preview[:160] != 255).any() and (preview[-160:] != 255).any()
+    assert main([*words, "--max-faces", "50", "--no-metrics"]) == 0
+    assert "closed" in capsys.readouterr().out
+    for extra, message in (
+        (["--out", "x.txt"], "--out must end in"),
+        (["--preview", "x.gif"], "--preview must end in .png"),
+        (["--resolution", "3"], "octree_resolution must lie in"),
+        (["--model", "genkit/enat-lowpoly"], "reconstructs no meshes"),
+    ):
+        assert main([*words, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["reconstruct", "none.obj", *words[2:]]) == 2
+    assert "no mesh at" in capsys.readouterr().err
