@@ -15,6 +15,7 @@ HELP = "reconstruct a mesh through a shape VAE"
 
 MESHES = (".glb", ".obj", ".ply", ".stl", ".off")
 VIEWS = 8  # in the preview
+POINTS = 2000  # of the comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     found.export(args.out)
     preview = args.preview or args.out.with_name(f"{args.out.stem}-preview.png")
     write_preview(preview, original, found)
-    values = {} if args.no_metrics else compare(original, found)
+    values = {} if args.no_metrics else compare(original, found, POINTS, POINTS // 2)
     share = field.evaluations / (field.resolution + 1) ** 3
     record = {
         "mesh": str(args.out), "preview": str(preview), "model": args.model, "vertices": len(found.vertices), "faces": len(found.faces),

@@ -96,7 +96,7 @@ def test_the_command_writes_mesh_and_preview(pipe: Any, tmp_path: Path, capsys: 
         "--out",
         str(tmp_path / "x.glb"),
     ]
-    assert main([*words, "--json"]) == 0
+    assert main([*words, "--json", "--resolution", "12"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["watertight"] and 0 < record["metrics"]["volume-iou"] < 1 and record["evaluated"] == 1
     mesh: Any = trimesh.load(tmp_path / "x.glb", force="mesh")
