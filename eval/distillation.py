@@ -1,10 +1,11 @@
 """Teacher and students side by side: network calls, seconds per picture, Frechet distance to the same pictures.
 
     python eval/distillation.py --teacher genkit/edm-lowpoly --students genkit/sim-lowpoly runs/dmd-lowpoly/export \
-        --real data/lowpoly/train.parquet --views 1 2 14 15
+        --real data/lowpoly/train.parquet --views 2 14 --sheet sheet.png --curves runs/sim-lowpoly runs/dmd-lowpoly
 
 Picture i has prompt i modulo their number and seed i, for every model. Features are EfficientNet-Lite0's at the pictures' own size, so the
-distance is not FID; intervals are 95 %, by a jackknife over ten groups of generated pictures.
+distance is not FID; intervals are 95 %, by a jackknife over ten groups of generated pictures. `--sheet` shows the models below each other,
+columns from the same latents. `--curves` prints the distances that runs measured on the way (`train.evaluate_every`).
 
 """
 
@@ -19,12 +20,42 @@ import torch
 from torch import Tensor, nn
 
 from genkit import GenPipeline
+from genkit.cli._pictures import grid
 from genkit.data.prompts import PromptBuilder
 from genkit.data.views import ViewDataset
 from genkit.eval.assets import bootstrap_mean, caption_hits
 from genkit.eval.features import FeatureNetwork
 from genkit.eval.frechet import GaussianStatistics, frechet_distance, merged
 from genkit.eval.metrics import GROUPS, QUANTILE, jackknife
+
+SHEET_PROMPTS = (
+    "a treasure chest", "a wooden table", "a barrel", "a tree", "a chair", "a red car", "a pumpkin", "a stone wall", "a candle", "a burger",
+)  # fmt: skip
+
+
+def sheet(pipes: dict[str, Any], prompts: list[str], path: Path, teacher: str, steps: int | None) -> None:
+    """Write the pictures of every model, a row each, columns with the same prompt and latents."""
+    rows = []
+    for name, pipe in pipes.items():
+        pipe.set_progress_bar_config(disable=True)
+        options = {"num_inference_steps": steps} if steps is not None and name == teacher else {}
+        rows += pipe(list(prompts), generator=list(range(len(prompts))), **options).images
+    grid(rows, len(prompts)).save(path)
+    print(f"{path}: {', '.join(pipes)}\n")
+
+
+def curves(folders: list[Path]) -> None:
+    """Print the distances that runs measured on the way, step by step."""
+    found: dict[str, dict[int, float]] = {}
+    for folder in folders:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found[folder.name] = {line["step"]: line["eval/fid"] for line in lines if "eval/fid" in line}
+    steps = sorted({step for values in found.values() for step in values})
+    print("| step |", " | ".join(found), "|")
+    print("|---" * (len(found) + 1) + "|")
+    for step in steps:
+        print(f"| {step} |", " | ".join(f"{values[step]:.0f}" if step in values else "" for values in found.values()), "|")
+    print()
 
 
 class Calls:
@@ -76,10 +107,17 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=2480)
     parser.add_argument("--batch-size", type=int, default=62)
     parser.add_argument("--teacher-steps", type=int, help="Heun steps; the model's default if left out")
+    parser.add_argument("--sheet", type=Path, help="picture of the models' answers to some prompts, a row each")
+    parser.add_argument("--sheet-prompts", nargs="*", default=SHEET_PROMPTS)
+    parser.add_argument("--curves", nargs="*", default=[], help="run folders")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.curves:
+        curves([Path(folder) for folder in args.curves])
     network = FeatureNetwork("efficientnet-lite0", size=None)
     pipes = {name: GenPipeline.from_pretrained(name) for name in (args.teacher, *args.students)}
+    if args.sheet:
+        sheet(pipes, args.sheet_prompts, args.sheet, args.teacher, args.teacher_steps)
     size = pipes[args.teacher].image_size[0]
     views = ViewDataset(args.real, size)
     rows = [i for i in range(len(views)) if args.views is None or views.view_of(i) in args.views]

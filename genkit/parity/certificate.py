@@ -1,7 +1,7 @@
 """Certificates of packaged models: a few calls with their seeds, tokens and pictures, to see whether another machine computes the same.
 
 A model folder holds `certificate.safetensors`. Its metadata are the calls and the tolerance; its tensors are `<i>.images` (bytes
-[b, h, w, 3]) and, where the system has codes, `<i>.tokens` of call i.
+[b, h, w, 3], of clips [b, f, h, w, 3]) and, where the system has codes, `<i>.tokens` of call i.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def compute(pipe: GenPipeline, calls: Sequence[Mapping[str, Any]]) -> dict[str, 
     pipe.set_progress_bar_config(disable=True)
     for index, call in enumerate(calls):
         output = pipe(**call, output_type="np")
-        results[f"{index}.images"] = torch.from_numpy((output.images * 255).round()).to(torch.uint8)
+        pictures = output.images if "images" in output else output.frames
+        results[f"{index}.images"] = torch.from_numpy((pictures * 255).round()).to(torch.uint8)
         if output.get("tokens") is not None:
             results[f"{index}.tokens"] = output.tokens.cpu().contiguous()
     return results
