@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
+MAX_TEXTS_SHOWN = 3  # in a warning about all of them
+
 
 @dataclass(frozen=True)
 class EncodedText:
@@ -42,9 +44,10 @@ def encode_text(texts: Sequence[str], tokenizer: Any, text_encoder: Any) -> Enco
         text_encoder: module with `last_hidden_state` and `text_embeds`, as `CLIPTextModelWithProjection`.
     """
     length = tokenizer.model_max_length
-    for text in texts:
-        if (count := len(tokenizer(text).input_ids)) > length:
-            logger.warning("prompt of %d tokens cut to %d, the most the text encoder takes: %r", count, length, text)
+    long = [text for text in texts if len(tokenizer(text).input_ids) > length]
+    if long:
+        shown = ", ".join(map(repr, long[:MAX_TEXTS_SHOWN])) + (", ..." if len(long) > MAX_TEXTS_SHOWN else "")
+        logger.warning("%d of %d prompts cut to %d tokens, the most the text encoder takes: %s", len(long), len(texts), length, shown)
     batch = tokenizer(
         list(texts), padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt"
     )

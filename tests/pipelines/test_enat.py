@@ -228,8 +228,9 @@ def test_text_does_not_depend_on_the_other_prompts(text_pipe: ENATPipeline) -> N
 
 
 def test_a_long_prompt_is_cut_with_a_warning(text_pipe: ENATPipeline, caplog: pytest.LogCaptureFixture) -> None:
-    text_pipe.encode_prompt(["a red wooden table a red wooden table"])
-    assert "cut to 8" in caplog.text
+    text_pipe.encode_prompt(["a table", *["a red wooden table a red wooden table"] * 5])
+    assert "5 of 6 prompts cut to 8 tokens" in caplog.text
+    assert caplog.text.count("a red wooden table") == 6  # three of them are shown, the rest counted
 
 
 def test_repainting_keeps_the_tokens_outside_the_mask(pipe: ENATPipeline, prompts: list[str]) -> None:
