@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
 
 from genkit import GenPipeline
 from genkit.catalogue import write_sidecar
@@ -40,6 +41,25 @@ def share(part: Path, place: Path) -> None:
             raise SystemExit(f"{place} holds other weights than {part}, and other models use them; choose another --text.")
 
 
+def settings(texts: list[str], known: dict[str, object]) -> dict[str, object]:
+    """Return NAME=VALUE texts as a dictionary.
+
+    Args:
+        texts: as typed.
+        known: settings that exist.
+
+    Raises:
+        SystemExit: if a text has no "=", or names a setting that does not exist.
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in known or name.startswith("_"):
+            raise SystemExit(f"--scheduler {text}: write NAME=VALUE with one of {', '.join(n for n in known if not n.startswith('_'))}.")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
 def main() -> None:
     """Parse the command line and write the folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,13 +71,11 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", default=[], help="prompt of the certificate; may be repeated")
     parser.add_argument("--steps", type=int, help="default number of sampling steps")
     parser.add_argument("--guidance-scale", type=float, help="default guidance")
-    parser.add_argument("--token-temperature", type=float, help="of the scheduler")
-    parser.add_argument("--mask-temperature", type=float, help="of the scheduler")
+    parser.add_argument("--scheduler", action="append", default=[], metavar="NAME=VALUE", help="setting of the scheduler; may be repeated")
     args = parser.parse_args()
     pipe = GenPipeline.from_pretrained(args.export)
-    given = {"token_temperature": args.token_temperature, "mask_temperature": args.mask_temperature}
-    if changes := {key: value for key, value in given.items() if value is not None}:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    if args.scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings(args.scheduler, dict(pipe.scheduler.config)))
     defaults = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
