@@ -1,0 +1,133 @@
+"""Volume decoders of a fitted shape VAE: seconds, share of the grid's points, peak memory, each in a process of its own."""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from _timing import machine
+
+from genkit import GenPipeline
+from genkit.data.shape_samples import meshes_of
+from genkit.data.surfaces import normalised
+from genkit.tokenizers.adaptive_kv import FlashDecoder
+from genkit.tokenizers.volume_decoders import DenseDecoder, HierarchicalDecoder, ShapeQuery
+from genkit.tokenizers.volume_grid import coordinates
+
+MOST_DENSE = 20_000_000  # points; more are computed from the time of some
+TIMED_POINTS = 400_000
+
+
+def ways_of(slim: str | None) -> list[tuple[str, bool, Any]]:
+    """Return (name, whether it uses the slim head, decoder)."""
+    found = [
+        ("dense", False, DenseDecoder()),
+        ("hierarchical, published band", False, HierarchicalDecoder("band")),
+        ("hierarchical, grow", False, HierarchicalDecoder()),
+        ("flash, mean, band", False, FlashDecoder()),
+        ("flash, mean, grow", False, FlashDecoder(rule="grow")),
+        ("flash, mass, grow", False, FlashDecoder("mass", rule="grow")),
+    ]
+    slim_ways = [("slim", True, HierarchicalDecoder()), ("slim, flash, mean, grow", True, FlashDecoder(rule="grow"))]
+    return found + (slim_ways if slim else [])
+
+
+def run_way(
+    sender: Connection,
+    model: str,
+    data: str,
+    shape: int,
+    decoder: Any,
+    resolution: int,
+    threads: int,
+    repeats: int,
+    device: str,
+    dtype: str,
+) -> None:
+    """Decode one shape and send (seconds, evaluated share, peak bytes, whether seconds are computed from some points)."""
+    if threads:
+        torch.set_num_threads(threads)
+    pipe: Any = GenPipeline.from_pretrained(model)
+    with torch.no_grad():
+        centred, _, _ = normalised(meshes_of(data)[shape][1]())
+        pipe.to(device)
+        if dtype != "float32":
+            pipe.to(getattr(torch, dtype))
+        tokens = pipe.vae.decode(pipe.encode(centred, 0))[0]
+        before = peak(device)
+        clocks, share, scaled = [], 1.0, False
+        total = (resolution + 1) ** 3
+        if isinstance(decoder, DenseDecoder) and total > MOST_DENSE:
+            query, scaled = ShapeQuery(pipe.vae, tokens, decoder.num_chunks), True
+            points = coordinates(torch.arange(TIMED_POINTS, device=device) * (total // TIMED_POINTS), resolution, decoder.bound)
+        for _ in range(repeats):
+            began = time.perf_counter()
+            if scaled:
+                query(points)
+            else:
+                field = decoder(pipe.vae, tokens, resolution)
+                share = field.evaluations / (field.resolution + 1) ** 3
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            clocks.append((time.perf_counter() - began) * (total / TIMED_POINTS if scaled else 1.0))
+    sender.send((clocks, share, max(peak(device) - before, 0), scaled))
+
+
+def peak(device: str) -> int:
+    """Return the most bytes that were in use so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def volume(
+    model: str,
+    data: str,
+    slim: str | None = None,
+    shape: int = 0,
+    resolutions: tuple[int, ...] = (128, 256, 384),
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int = 0,
+    repeats: int = 1,
+) -> None:
+    """Time the decoders on one shape.
+
+    Args:
+        model: fitted shape VAE with an encoder: packaged name, folder or official file.
+        data: parquet file with meshes, or folder of mesh files.
+        slim: the same with the slim head.
+        shape: number of the mesh.
+        resolutions: cells of the grid a side.
+        device: cpu or cuda.
+        dtype: of the weights.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        repeats: timed runs; the median counts.
+    """
+    context = multiprocessing.get_context("spawn")
+    print(f"{model}, {dtype}; {machine(device)}; {threads or torch.get_num_threads()} threads in each process")
+    for resolution in resolutions:
+        print(f"\n{resolution}^3 cells")
+        first = None
+        for name, is_slim, decoder in ways_of(slim):
+            receiver, sender = context.Pipe(duplex=False)
+            chosen = slim if is_slim else model
+            arguments = (sender, chosen, data, shape, decoder, resolution, threads, repeats, device, dtype)
+            process = context.Process(target=run_way, args=arguments)
+            process.start()
+            sender.close()
+            try:
+                clocks, share, memory, scaled = receiver.recv()
+            except EOFError:
+                raise SystemExit(f"{name} at {resolution} failed, see above.") from None
+            process.join()
+            seconds = statistics.median(clocks)
+            first = seconds if first is None else first
+            spread = f"{min(clocks):.2f} .. {max(clocks):.2f}"
+            note = f", from {TIMED_POINTS:,} points" if scaled else ""
+            cost = f"{100 * share:5.1f} % of the points; {memory / 1e9:.2f} GB more"
+            print(f"{name:30} {seconds:9.2f} s ({spread}{note}), {first / seconds:6.1f}x; {cost}")
+            )
