@@ -130,4 +130,3 @@ def volume(
             note = f", from {TIMED_POINTS:,} points" if scaled else ""
             cost = f"{100 * share:5.1f} % of the points; {memory / 1e9:.2f} GB more"
             print(f"{name:30} {seconds:9.2f} s ({spread}{note}), {first / seconds:6.1f}x; {cost}")
-            )
