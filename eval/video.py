@@ -2,16 +2,19 @@
 
     python eval/video.py predict --sprites digits.npy --num-frames 10 --models runs/predformer/export runs/mimo_vp/export runs/vdt/export
     python eval/video.py turntables --data data/lowpoly/test.parquet --model runs/vdt-lowpoly/export --predictor runs/predformer/export
+    python eval/video.py samplers --data data/lowpoly/train.parquet --model runs/vdt-lowpoly/export --samplers dpm-solver++:20 ddpm:250
 
 `predict`: given frames to as many future ones, every model and a copy of the last frame; means per frame as the papers take them (MSE and
 MAE sum over pixels; SSIM with range 1, and with range 2 as OpenSTL prints it). `turntables`: animate, predict, interpolate, complete, and
 generation from text; PSNR over what was made, SSIM over the frames that hold it, against the true views, beside copying the nearest given
-frame and blending linearly; the distance of generated clips is Frechet's on features of frames, not FVD.
+frame and blending linearly; the distance of generated clips is Frechet's on features of frames, not FVD. `samplers`: that distance by
+scheduler and steps, same captions and seeds.
 
 """
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +32,7 @@ from genkit.eval.clips import FrameFeatures
 from genkit.eval.features import FeatureNetwork
 from genkit.eval.frechet import GaussianStatistics, frechet_distance
 from genkit.eval.prediction import METRICS, blend, prediction_metrics
+from genkit.schedulers.named import on_the_chain_of
 from genkit.tasks._clips import training_clips
 
 Predictor = Callable[[Tensor, int], Tensor]
@@ -92,8 +96,6 @@ def task_masks(frames: int, side: int) -> dict[str, Tensor]:
     hidden[0, 0] = False
     hidden[1, : frames // 2] = False
     hidden[2, [round(i * (frames - 1) / 3) for i in range(4)]] = False
-    import random
-
     region = block_mask(side // 8, side // 8, 0.5, random.Random(0)).repeat_interleave(8, 0).repeat_interleave(8, 1)
     hidden[3] = False
     hidden[3, 2:-2] = region
@@ -116,10 +118,8 @@ def turntables(args: argparse.Namespace) -> None:
     clips = open_clips(args.data, side, frames)
     count = min(args.num_clips, len(clips))
     truth = torch.stack([clips[i]["frames"] for i in range(count)])
-    masks, options = (
-        task_masks(frames, side),
-        {"num_inference_steps": args.steps, "output_type": "pt", "guidance_scale": args.guidance_scale},
-    )
+    masks = task_masks(frames, side)
+    options: dict[str, Any] = {"num_inference_steps": args.steps, "output_type": "pt", "guidance_scale": args.guidance_scale}
     methods: dict[str, Callable[[int, Tensor], Tensor]] = {
         label(args.model): lambda i, mask: made_by(pipe, clips, truth[i], i, mask, options),
         "copy the nearest": lambda i, mask: blend(truth[i : i + 1], mask[None], hold=True)[0],
@@ -154,16 +154,11 @@ def made_by(pipe: Any, clips: ClipDataset, truth: Tensor, index: int, mask: Tens
 def generation(args: argparse.Namespace, pipe: Any, real: ClipDataset, frames: int, options: dict[str, Any]) -> None:
     """Print the Frechet distance of clips from text, of one half of the real ones to the other, and of still clips."""
     features = FrameFeatures(FeatureNetwork("efficientnet-lite0", size=None))
-    rows: dict[str, list[Tensor]] = {"real": [], "still": [], "generated": []}
     count = min(len(real), args.num_generated)
-    for i in range(len(real)):
-        clip = real[i]["frames"]
-        rows["real"].append(features(to_bytes(clip)[None]))
-        if i < count:
-            rows["still"].append(features(to_bytes(clip[:1].expand_as(clip))[None]))
-            prompt = real.captions[i] if pipe.is_text_model else None
-            made = pipe(prompt, generator=[i], **(options if prompt else {**options, "guidance_scale": None})).frames
-            rows["generated"].append(features(to_bytes(made[0])[None]))
+    everything = [real[i]["frames"] for i in range(len(real))]
+    rows = {"real": [features(to_bytes(clip)[None]) for clip in everything]}
+    rows["still"] = [features(to_bytes(clip[:1].expand_as(clip))[None]) for clip in everything[:count]]
+    rows["generated"] = generated(pipe, real, count, features, options)
     stats = {}
     for name, parts in {**rows, "even": rows["real"][::2], "odd": rows["real"][1::2]}.items():
         stats[name] = GaussianStatistics(parts[0].shape[1], features.source(frames))
@@ -175,6 +170,42 @@ def generation(args: argparse.Namespace, pipe: Any, real: ClipDataset, frames: i
         ("real, halves", "even", "odd"),
     ):
         print(f"- {text}: {frechet_distance(stats[a], stats[b]):.1f}")
+
+
+def generated(pipe: Any, real: ClipDataset, count: int, features: FrameFeatures, options: dict[str, Any]) -> list[Tensor]:
+    """Return the features of clips made from the captions of the first real ones, seed i for clip i."""
+    found = []
+    for i in range(count):
+        prompt = real.captions[i] if pipe.is_text_model else None
+        made = pipe(prompt, generator=[i], **(options if prompt else {**options, "guidance_scale": None})).frames
+        found.append(features(to_bytes(made[0])[None]))
+    return found
+
+
+def samplers(args: argparse.Namespace) -> None:
+    """Print the distance of generated clips by scheduler and steps."""
+    pipe: Any = GenPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    frames, (side, _) = pipe.transformer.config["num_frames"], pipe.image_size
+    real, features = open_clips(args.data, side, frames), FrameFeatures(FeatureNetwork("efficientnet-lite0", size=None))
+    reference: GaussianStatistics | None = None
+    count = min(len(real), args.num_generated)
+    print(f"{count} generated clips against {len(real)} real ones: {features.source(frames)}; {torch.get_num_threads()} threads")
+    print("| scheduler | steps | Frechet distance | s per clip |\n|---|---|---|---|")
+    for text in args.samplers:
+        name, _, steps = text.partition(":")
+        pipe.scheduler = on_the_chain_of(pipe, name)
+        options = {"num_inference_steps": int(steps or 20), "output_type": "pt", "guidance_scale": args.guidance_scale}
+        began = time.perf_counter()
+        rows = generated(pipe, real, count, features, options)
+        seconds = (time.perf_counter() - began) / count
+        stats = GaussianStatistics(rows[0].shape[1], features.source(frames))
+        stats.update(torch.cat(rows))
+        if reference is None:
+            reference = GaussianStatistics(rows[0].shape[1], features.source(frames))
+            for i in range(len(real)):
+                reference.update(features(to_bytes(real[i]["frames"])[None]))
+        print(f"| {name} | {steps or 20} | {frechet_distance(stats, reference):.1f} | {seconds:.2f} |", flush=True)
 
 
 def to_bytes(clip: Tensor) -> Tensor:
@@ -210,6 +241,13 @@ def main() -> None:
     second.add_argument("--steps", type=int)
     second.add_argument("--guidance-scale", type=float)
     second.set_defaults(run=turntables)
+    third = kinds.add_parser("samplers", help="schedulers and steps of generation")
+    third.add_argument("--model", required=True)
+    third.add_argument("--data", required=True, help="clips that generated ones are compared with")
+    third.add_argument("--samplers", nargs="+", default=["dpm-solver++:20", "ddpm:250"], help="name:steps, as many as wanted")
+    third.add_argument("--num-generated", type=int, default=200)
+    third.add_argument("--guidance-scale", type=float)
+    third.set_defaults(run=samplers)
     args = parser.parse_args()
     args.run(args)
 

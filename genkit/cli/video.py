@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     frames, mask = fit(args, pipe, frames, masks)
     seeds = choose_seeds(args, args.num_clips)
     if args.scheduler is not None:
-        pipe.scheduler = scheduler(args, pipe)
+        from genkit.schedulers.named import on_the_chain_of
+
+        pipe.scheduler = on_the_chain_of(pipe, args.scheduler)
     given: dict[str, Any] = {"frames": frames, "mask": mask, "num_frames": args.num_frames, "overlap": args.overlap}
     clips = pipe(args.prompt, generator=seeds, num_images_per_prompt=args.num_clips, **given, **sampling_options(args)).frames
     done = time.perf_counter()
@@ -138,15 +140,6 @@ def fit(args: argparse.Namespace, pipe: Any, frames: Frames | None, masks: Any) 
         if masks is not None:
             masks = np.stack([np.asarray(Image.fromarray(m).resize((width, height), Image.Resampling.NEAREST)) for m in masks])
     return frames, torch.from_numpy(np.array(masks)) if masks is not None else args.task
-
-
-def scheduler(args: argparse.Namespace, pipe: Any) -> Any:
-    """Return the scheduler that was asked for, on the model's chain."""
-    from genkit.schedulers.named import noise_scheduler
-
-    config, learned = pipe.scheduler.config, pipe.transformer.config["learn_sigma"]
-    options = {"learn_sigma": learned, "prediction_type": config.get("prediction_type", "epsilon")}
-    return noise_scheduler(args.scheduler, schedule=config.get("beta_schedule", "linear"), **options)
 
 
 def before(frames: Frames | None, mask: Any, total: int) -> Frames | None:

@@ -61,6 +61,18 @@ def noise_scheduler(name: str, *, schedule: str = "linear", learn_sigma: bool = 
     return exact_tables(cls(**settings))
 
 
+def on_the_chain_of(pipe: Any, name: str) -> SchedulerMixin:
+    """Return a scheduler for a pipeline's transformer: the noise schedule and prediction type of the pipeline's own.
+
+    Args:
+        pipe: with `scheduler`, and a `transformer` whose configuration has `learn_sigma`.
+        name: as `noise_scheduler` takes it.
+    """
+    config = pipe.scheduler.config
+    options = {"learn_sigma": pipe.transformer.config["learn_sigma"], "prediction_type": config.get("prediction_type", "epsilon")}
+    return noise_scheduler(name, schedule=config.get("beta_schedule", "linear"), **options)
+
+
 def exact_tables(scheduler: Any) -> Any:
     """Give a scheduler of diffusers its products in float64, where its betas are those of a schedule known here; return it."""
     config = scheduler.config
