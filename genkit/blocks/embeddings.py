@@ -1,4 +1,4 @@
-"""Positions: fixed sine-cosine tables and rotary embeddings of one, two or three axes.
+"""Positions and times: fixed sine-cosine tables, rotary embeddings of one, two or three axes, timestep embeddings.
 
 Letters: b batch, n tokens, d width, h w rows and columns, hd head width.
 """
@@ -6,7 +6,8 @@ Letters: b batch, n tokens, d width, h w rows and columns, hd head width.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def sincos_2d(height: int, width: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -78,3 +79,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, axes: int) -> Tensor:
     cos, sin = cos.unflatten(-1, (axes, -1)), sin.unflatten(-1, (axes, -1))
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-2)
     return turned.flatten(-3).to(x.dtype)
+
+
+def timestep_embedding(timestep: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Return [cos, sin] of timesteps [b] at frequencies max_period^(-i / half), a column of zeros behind for odd widths, fp32."""
+    half = width // 2
+    frequencies = torch.exp(-torch.log(torch.tensor(max_period)) * torch.arange(half, dtype=torch.float32) / half).to(timestep.device)
+    angles = timestep.float()[:, None] * frequencies
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
+
+
+class TimestepMLP(nn.Module):
+    """Sinusoid of 256, two layers; the sinusoid is fp32 whatever the layers are.
+
+    Args:
+        dim: d of the result.
+        max_period: of the sinusoid.
+        multiplier: timesteps are multiplied by it first.
+    """
+
+    def __init__(self, dim: int, max_period: float = 10000.0, multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.max_period, self.multiplier = max_period, multiplier
+        self.fc1, self.fc2 = nn.Linear(256, dim), nn.Linear(dim, dim)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Return [b, d] of timesteps [b]."""
+        embedded = timestep_embedding(timestep.float() * self.multiplier, 256, self.max_period)
+        return self.fc2(F.silu(self.fc1(embedded.to(self.fc1.weight.dtype))))

@@ -1,4 +1,4 @@
-"""Adversarial terms of distillation: non-saturating losses on logits, and f-distill's weights.
+"""Adversarial terms of distillation: non-saturating and hinge losses on logits, and f-distill's weights.
 
 Sources: Goodfellow et al. 2014 (arXiv 1406.2661), Yin et al. 2024 (DMD2, arXiv 2405.14867), Xu et al. 2025 (f-distill, arXiv 2502.15681).
 """
@@ -34,6 +34,16 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return mean softplus(-real) + mean softplus(fake)."""
     return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+
+
+def hinge_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Return mean -logit."""
+    return -fake_logits.float().mean()
+
+
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return mean relu(1 - real) + mean relu(1 + fake)."""
+    return F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()
 
 
 def density_ratio(fake_logits: Tensor) -> Tensor:

@@ -24,11 +24,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from genkit.blocks.axial import AxialAttention, AxialConfig
 from genkit.blocks.branch import Block, Branch
-from genkit.blocks.embeddings import sincos_1d, sincos_2d
+from genkit.blocks.embeddings import TimestepMLP, sincos_1d, sincos_2d
 from genkit.blocks.fast_linear import with_fast_linear
 from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig
@@ -52,25 +51,6 @@ class VDTOutput(BaseOutput):
     """
 
     sample: Tensor
-
-
-def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
-    """Return [cos, sin] of timesteps [b] at frequencies 10000^(-i / half), a column of zeros behind for odd widths, fp32."""
-    half = width // 2
-    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / half).to(timestep.device)
-    angles = timestep.float()[:, None] * frequencies
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
-
-
-class TimestepMLP(nn.Module):
-    """Sinusoid of 256, two layers."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(256, dim), nn.Linear(dim, dim)
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(timestep_embedding(timestep, 256).to(self.fc1.weight.dtype))))
 
 
 class VDTTransformer3DModel(ModelMixin, ConfigMixin):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genkit.convert import flashvdm
 from genkit.data.surfaces import points_on_edges, sharp_edges, smallest_cosines
+from genkit.parity._flashvdm_dit import conditioner, distill_reference, dit, schedulers
 from genkit.parity.base import Case, with_gradients
 from genkit.tokenizers.adaptive_kv import CellQuery, FlashDecoder
 from genkit.tokenizers.isosurface import lewiner
@@ -19,6 +20,8 @@ from genkit.tokenizers.shape_vae import ShapeVAE
 from genkit.tokenizers.volume_decoders import NEAR, DenseDecoder, HierarchicalDecoder, ShapeQuery, level_resolutions
 from genkit.tokenizers.volume_grid import SparseField, coordinates, sign_changes
 from genkit.weights import read_safetensors
+
+__all__ = ["conditioner", "distill_reference", "dit", "schedulers", "sharp_edge_sampling", "vae_encode_decode", "volume_decode"]
 
 
 def _build(case: Case) -> ShapeVAE:

@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from genkit.blocks.embeddings import sincos_1d, sincos_2d
+from genkit.blocks.embeddings import sincos_1d, sincos_2d, timestep_embedding
 from genkit.convert import vdt
 from genkit.data.video_masks import MODES, make_mask
-from genkit.generators.vdt import SIZES, VDTTransformer3DModel, timestep_embedding
+from genkit.generators.vdt import SIZES, VDTTransformer3DModel
 from genkit.parity.base import Case
 from genkit.schedulers.gaussian import GaussianDiffusion, discretized_log_likelihood, normal_kl
 from genkit.tasks._vdt_loss import compose, masked_loss
