@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from genkit.generators.enat import ENATState, ENATTransformer2DModel
     from genkit.generators.mimo_vp import MIMOVP
     from genkit.generators.predformer import PredFormer
+    from genkit.generators.shape_dit import ShapeDiT
     from genkit.generators.vdt import VDTTransformer3DModel
     from genkit.pipelines.base import GenPipeline
     from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
     from genkit.pipelines.pixart_one_step import PixArtOneStepPipeline
+    from genkit.pipelines.shape import ShapePipeline
     from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
     from genkit.pipelines.vdt import VDTPipeline
     from genkit.schedulers.edm_heun import EDMHeunScheduler
+    from genkit.schedulers.flow_matching import FlowMatchingScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
     from genkit.tokenizers.shape_vae import ShapeVAE
     from genkit.tokenizers.vit_vqgan import ViTVQModel
@@ -43,6 +46,7 @@ EXPORTS = {
     "ENATPipeline": "genkit.pipelines.enat",
     "ENATState": "genkit.generators.enat",
     "ENATTransformer2DModel": "genkit.generators.enat",
+    "FlowMatchingScheduler": "genkit.schedulers.flow_matching",
     "GenPipeline": "genkit.pipelines.base",
     "MIMOVP": "genkit.generators.mimo_vp",
     "MaskedTokenScheduler": "genkit.schedulers.masked_token",
@@ -51,6 +55,8 @@ EXPORTS = {
     "PixArtOneStepPipeline": "genkit.pipelines.pixart_one_step",
     "PredFormer": "genkit.generators.predformer",
     "SchedulerMixin": "diffusers",
+    "ShapeDiT": "genkit.generators.shape_dit",
+    "ShapePipeline": "genkit.pipelines.shape",
     "ShapeReconstructionPipeline": "genkit.pipelines.shape_reconstruction",
     "ShapeVAE": "genkit.tokenizers.shape_vae",
     "VDTPipeline": "genkit.pipelines.vdt",
@@ -67,6 +73,7 @@ __all__ = [
     "ENATPipeline",
     "ENATState",
     "ENATTransformer2DModel",
+    "FlowMatchingScheduler",
     "GenPipeline",
     "MaskedTokenScheduler",
     "ModelMixin",
@@ -74,6 +81,8 @@ __all__ = [
     "PixArtOneStepPipeline",
     "PredFormer",
     "SchedulerMixin",
+    "ShapeDiT",
+    "ShapePipeline",
     "ShapeReconstructionPipeline",
     "ShapeVAE",
     "VDTPipeline",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +22,38 @@ from genkit.checks import check_shape
 VIEWS = ("front", "left", "back", "right")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 BORDER = 0.15
+LEAST = 16  # pixels a side
+PLAIN = 0.8  # share of the border that one colour fills
+
+
+def object_rgba(image: Image.Image, tolerance: int = 12) -> NDArray[np.uint8]:
+    """Return a picture's object as [h, w, 4] bytes: by its alpha where it has one, else what differs from the plain colour of its border.
+
+    Args:
+        image: any mode.
+        tolerance: grey levels by which a background may vary.
+
+    Raises:
+        ValueError: for a picture under 16 pixels, one without a plain background, or one that shows nothing.
+    """
+    if min(image.size) < LEAST:
+        raise ValueError(f"a picture of at least {LEAST} x {LEAST} pixels is needed, got {image.width} x {image.height}.")
+    rgba = np.array(image.convert("RGBA"))
+    if (rgba[..., 3] < 255).any():
+        return rgba
+    colours = rgba[..., :3].astype(np.int16)
+    border = np.concatenate([colours[0], colours[-1], colours[:, 0], colours[:, -1]])
+    background = np.median(border, axis=0)
+    plain = (np.abs(border - background).max(1) <= tolerance).mean()
+    if plain < PLAIN:
+        raise ValueError(
+            f"the picture has no plain background (its colour fills {100 * plain:.0f} % of the border, {100 * PLAIN:.0f} % are needed); "
+            "cut the object out first, so that the rest is transparent."
+        )
+    rgba[..., 3] = np.where(np.abs(colours - background).max(2) > tolerance, 255, 0)
+    if not rgba[..., 3].any():
+        raise ValueError("the picture is of one colour; give one that shows an object.")
+    return rgba
 
 
 def area_weights(source: int, target: int) -> NDArray[np.float64]:

@@ -8,49 +8,25 @@ Letters: b meshes, n latent tokens, e width of a latent.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from genkit.checks import choose
 from genkit.data.surfaces import normalised, surface_points
-from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.outputs import MemoryEstimate
 from genkit.pipelines.seeds import Seeds, resolve_seeds
-from genkit.tokenizers.adaptive_kv import FlashDecoder
-from genkit.tokenizers.isosurface import decimated, isosurface, to_mesh, without_floaters
+from genkit.pipelines.shape_decoding import DECODERS, ShapeOutput, ShapePipelineBase
 from genkit.tokenizers.shape_vae import ShapeVAE
-from genkit.tokenizers.volume_decoders import DenseDecoder, HierarchicalDecoder, check_resolution
-from genkit.tokenizers.volume_grid import SparseField
+from genkit.tokenizers.volume_decoders import check_resolution
 
 if TYPE_CHECKING:
     import trimesh
 
-DECODERS: dict[str, type[Any]] = {"dense": DenseDecoder, "hierarchical": HierarchicalDecoder, "flash": FlashDecoder}
 
-
-@dataclass
-class ShapeOutput(BaseOutput):
-    """Shapes.
-
-    Attributes:
-        meshes: list of `trimesh.Trimesh`.
-        latents: [b, n, e] latent tokens.
-        fields: what was evaluated of each shape.
-        seeds: of the surface points of each mesh.
-    """
-
-    meshes: list[Any]
-    latents: Tensor
-    fields: list[SparseField]
-    seeds: list[int]
-
-
-class ShapeReconstructionPipeline(GenPipeline):
+class ShapeReconstructionPipeline(ShapePipelineBase):
     """Meshes to latent tokens and back.
 
     Args:
@@ -103,35 +79,19 @@ class ShapeReconstructionPipeline(GenPipeline):
             ValueError: for meshes that cannot be used, before any work is done on it; where no surface is found.
         """
         meshes = list(mesh) if isinstance(mesh, Sequence) else [mesh]
-        resolution = self.config["octree_resolution"] if octree_resolution is None else octree_resolution
-        check_resolution(resolution)
-        name = choose(self.config["decoder"] if decoder is None else decoder, DECODERS, "decoder")
-        decode = DECODERS[name](**self._options(name, resolution, decoder_options or {}))
+        extraction = self.extraction(octree_resolution, decoder, decoder_options, max_faces, keep_floaters)
         prepared = [normalised(item) for item in meshes]
         seeds = resolve_seeds(generator, len(meshes))
         latents, fields, results = [], [], []
         for (item, centre, factor), seed in zip(prepared, seeds, strict=True):
             latent = self.encode(item, seed)
-            field = decode(self.vae, self.vae.decode(latent)[0], resolution)
-            found = to_mesh(isosurface(field), field.resolution, field.bound)
-            found = found if keep_floaters else without_floaters(found)
-            found = found if max_faces is None else decimated(found, max_faces)
+            found, field = self.to_shape(latent, extraction)
             found.vertices = np.asarray(found.vertices) / factor + centre
             results.append(found)
             latents.append(latent)
             fields.append(field)
         self.maybe_free_model_hooks()
         return ShapeOutput(meshes=results, latents=torch.cat(latents), fields=fields, seeds=seeds)
-
-    @staticmethod
-    def _options(name: str, resolution: int, given: dict[str, Any]) -> dict[str, Any]:
-        """Return a decoder's options; a resolution that cannot be halved down to the usual coarsest grid starts from a finer one."""
-        if name == "hierarchical" and "min_resolution" not in given:
-            coarse = resolution
-            while coarse % 2 == 0 and coarse // 2 >= HierarchicalDecoder.min_resolution:
-                coarse //= 2
-            return {**given, "min_resolution": coarse}
-        return given
 
     def encode(self, mesh: trimesh.Trimesh, seed: int) -> Tensor:
         """Return latent tokens [1, n, e], the posterior's mean, of a normalised mesh."""
@@ -147,11 +107,6 @@ class ShapeReconstructionPipeline(GenPipeline):
             octree_resolution: as in a call.
             num_chunks: points at a time.
         """
-        resolution = self.config["octree_resolution"] if octree_resolution is None else octree_resolution
         config, size = self.vae.config, next(self.vae.parameters()).element_size()
-        weights = sum(t.numel() * t.element_size() for t in self.vae.state_dict().values())
-        width = config["width"] // config["head_downsample"]
         encoding = (config["pc_size"] + config["pc_sharpedge_size"]) * config["width"] * 4 * size
-        chunk = num_chunks * width * (3 + config["head_mlp_ratio"]) * 4
-        near = 24 * resolution**2 * 28  # points near the surface, with keys, values and their sorting
-        return MemoryEstimate(weights=weights, sampling=int(encoding), decoding=int(chunk + near))
+        return MemoryEstimate(self.weight_bytes(), sampling=int(encoding), decoding=self.decoding_bytes(octree_resolution, num_chunks))
