@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,8 @@ def meshes_of(path: str | Path, split: str = "train") -> list[tuple[str, Callabl
     local = Path(path).expanduser()
     files = sorted(file for file in local.rglob("*") if file.suffix.lower() in SUFFIXES) if local.is_dir() else []
     if files:
-        return [
-            ("_".join(file.relative_to(local).with_suffix("").parts), lambda file=file: trimesh.load(file, force="mesh", process=False))
-            for file in files
-        ]
+        load_file = partial(trimesh.load, force="mesh", process=False)
+        return [("_".join(file.relative_to(local).with_suffix("").parts), partial(load_file, file)) for file in files]
     rows, _ = open_rows(path, split)
     lacking = [name for name in ("vertices", "faces", "name") if name not in rows.column_names]
     if lacking:
@@ -77,7 +76,7 @@ def meshes_of(path: str | Path, split: str = "train") -> list[tuple[str, Callabl
         return trimesh.Trimesh(np.array(row["vertices"], np.float64), np.array(row["faces"], np.int64), process=False)
 
     names = list(rows["name"])
-    return [(f"{i:06d}_{name}", lambda i=i: load(i)) for i, name in enumerate(names)]
+    return [(f"{i:06d}_{name}", partial(load, i)) for i, name in enumerate(names)]
 
 
 def prepare(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -230,8 +230,10 @@ class ShapeDiT(ModelMixin, ConfigMixin):
         vector = self.time_in(timestep)
         if self.guidance_in is not None and guidance is not None:
             vector = vector + self.guidance_in(guidance)
-        found = [layer(vector) for block in self.blocks for layer in (block.latent.modulation, block.context.modulation)]
-        return [*found, *(block.modulation(vector) for block in self.single_blocks), self.modulation(vector)]
+        two = [cast(TwoStreamBlock, block) for block in self.blocks]
+        layers = [layer for block in two for layer in (block.latent.modulation, block.context.modulation)]
+        layers += [cast(OneStreamBlock, block).modulation for block in self.single_blocks]
+        return [layer(vector) for layer in (*layers, self.modulation)]
 
     @with_fast_linear
     def forward(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def distill_reference(case: Case) -> dict[str, Tensor]:
         results |= {f"stage2.p{phases}.{name}": value for name, value in found.items()}
     average = EMA({"net": nets["target"]}, config["ema_decay"], use_warmup=False)
     average.update({"net": student}, 0)
-    results["ema.after"] = average.modules["net"].head.weight
+    results["ema.after"] = cast(ShapeDiT, average.modules["net"]).head.weight
     results["adv.d_loss"] = adversarial.hinge_discriminator_loss(inputs["disc.real"], inputs["disc.fake"])
     results["adv.g_loss"] = adversarial.hinge_generator_loss(inputs["disc.fake"])
     return results

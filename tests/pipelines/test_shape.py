@@ -33,7 +33,7 @@ def test_a_picture_becomes_a_closed_mesh(pipe: ShapePipeline) -> None:
 
 
 def test_a_shape_belongs_to_its_seed_and_object_picture(pipe: ShapePipeline) -> None:
-    options = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 2.0}
     both = pipe([object_picture(), object_picture(width=28)], generator=[1, 2, 3, 4], num_images_per_prompt=2, samples_at_once=4, **options)
     alone = pipe(object_picture(), generator=[2], **options)
     torch.testing.assert_close(both.latents[1:2], alone.latents, atol=1e-5, rtol=1e-4)
@@ -44,7 +44,7 @@ def test_a_shape_belongs_to_its_seed_and_object_picture(pipe: ShapePipeline) -> 
 
 def test_views_are_named_and_put_in_order(pipe: ShapePipeline) -> None:
     front, left = object_picture(), object_picture(width=28)
-    options = {"num_inference_steps": 2, "generator": [1]}
+    options: dict[str, Any] = {"num_inference_steps": 2, "generator": [1]}
     first = pipe([front, left], views=["front", "left"], **options)
     again = pipe([left, front], views=[1, 0], **options)
     torch.testing.assert_close(first.latents, again.latents)
@@ -72,7 +72,7 @@ def test_folders_come_back(pipe: ShapePipeline, tmp_path: Path) -> None:
     again = GenPipeline.from_pretrained(str(tmp_path / "model"))
     again.set_progress_bar_config(disable=True)
     assert isinstance(again, ShapePipeline)
-    options = {"num_inference_steps": 2, "generator": [3]}
+    options: dict[str, Any] = {"num_inference_steps": 2, "generator": [3]}
     assert torch.equal(again(object_picture(), **options).latents, pipe(object_picture(), **options).latents)
     assert again.estimate_memory(2).peak > again.estimate_memory(1).weights > 0
 

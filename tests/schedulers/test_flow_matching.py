@@ -17,7 +17,7 @@ SETTINGS = [
 @pytest.mark.parametrize("config", SETTINGS)
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
 def test_a_straight_flow_arrives(config: dict[str, object], count: int) -> None:
-    scheduler = FlowMatchingScheduler(**config)  # type: ignore[arg-type]
+    scheduler = FlowMatchingScheduler(**config)
     scheduler.set_timesteps(count, mu=0.8)
     generator = torch.Generator().manual_seed(0)
     data, noise = torch.randn(2, 5, 3, generator=generator), torch.randn(2, 5, 3, generator=generator)
@@ -68,7 +68,7 @@ def test_paths_and_times() -> None:
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="Known: uniform, consistency|uniform"):
-        FlowMatchingScheduler(steps="uniforn")  # type: ignore[arg-type]
+        FlowMatchingScheduler(steps="uniforn")
     with pytest.raises(ValueError, match="phases must divide num_train_timesteps=1000, got 7"):
         FlowMatchingScheduler(steps="consistency", phases=7)
     with pytest.raises(ValueError, match="shift must be above 0, got -1"):
