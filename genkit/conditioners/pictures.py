@@ -121,7 +121,6 @@ def dino_pixels(images: Tensor, size: int) -> Tensor:
     return (pixels - mean) / std
 
 
-@torch.no_grad()
 def encode_pictures(images: Tensor, encoder: Any, size: int | None = None, use_cls_token: bool = True) -> Tensor:
     """Return condition tokens [b, m, d] of pictures [b, 3, h, w] in [-1, 1].
 

@@ -100,7 +100,7 @@ class TwoStreamBlock(nn.Module):
         Args:
             x: [b, n, d]. context: [b, m, d].
             vectors: modulations [b, 6, d] of latent and condition.
-            bias: [1, 1, 1, m + n] of the logits, or None.
+            bias: [b|1, 1, 1, m + n] of the logits, or None.
         """
         pairs = zip(self.context.project(context, vectors[1]), self.latent.project(x, vectors[0]), strict=True)
         q, k, v = (torch.cat(pair, dim=2) for pair in pairs)
@@ -243,6 +243,7 @@ class ShapeDiT(ModelMixin, ConfigMixin):
         encoder_hidden_states: Tensor,
         guidance: Tensor | None = None,
         *,
+        encoder_attention_mask: Tensor | None = None,
         context_count: int | None = None,
         modulations: list[Tensor] | None = None,
         return_dict: bool = True,
@@ -254,6 +255,7 @@ class ShapeDiT(ModelMixin, ConfigMixin):
             timestep: [b] or one number in [0, 1], 1 = data.
             encoder_hidden_states: [b, m, context_in_dim].
             guidance: [b] scales, for models with guidance embedding.
+            encoder_attention_mask: [b, m] bool, True = a real condition token; all if None.
             context_count: how many equal tokens the one condition token stands for; needs m = 1.
             modulations: from `modulations`, [b, k, d] or [1, k, d] each; timestep and guidance are not used then.
             return_dict: False returns a tuple.
@@ -265,6 +267,10 @@ class ShapeDiT(ModelMixin, ConfigMixin):
         b, n = (check_shape(hidden_states, "ShapeDiT: hidden_states", "b n c", c=config["in_channels"])[key] for key in "bn")
         sizes = check_shape(encoder_hidden_states, "ShapeDiT: encoder_hidden_states", "b m w", b=b, w=config["context_in_dim"])
         bias = self._bias(context_count, sizes["m"], n, hidden_states)
+        if encoder_attention_mask is not None:
+            check_shape(encoder_attention_mask, "ShapeDiT: encoder_attention_mask", "b m", b=b, m=sizes["m"])
+            hidden = F.pad(~encoder_attention_mask, (0, n)).view(b, 1, 1, -1)
+            bias = (hidden_states.new_zeros(1, 1, 1, 1) if bias is None else bias).masked_fill(hidden, -math.inf)
         if modulations is None:
             modulations = self.modulations(torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(b), guidance)
         x, context = self.latent_in(hidden_states), self.context_in(encoder_hidden_states)

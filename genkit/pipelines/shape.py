@@ -214,16 +214,30 @@ class ShapePipeline(ShapePipelineBase):
             raise ValueError(f"num_inference_steps and num_images_per_prompt must be at least 1, guidance finite, got {given}.")
         with torch.no_grad():
             contexts = [tokens for tokens in self.encode_prompt(prompt, views) for _ in range(num_images_per_prompt)]
-            seeds = resolve_seeds(generator, len(contexts))
-            scheduler: FlowMatchingScheduler = copy.deepcopy(self.scheduler)
-            scheduler.set_timesteps(steps)
-            at_once = samples_at_once_or_default(samples_at_once, self._execution_device)
-            groups = equal_runs([tokens.shape[1] for tokens in contexts], at_once)
-            flows, start = [], 0
-            for count in groups:
-                context = torch.cat(contexts[start : start + count]).to(self.transformer.dtype)
-                flows.append(ShapeFlow.of(self.transformer, scheduler, context, scale))
-                start += count
+        seeds = resolve_seeds(generator, len(contexts))
+        return self.run(contexts, seeds, steps, scale, samples_at_once_or_default(samples_at_once, self._execution_device))
+
+    @torch.no_grad()
+    def run(
+        self, contexts: Sequence[Tensor], seeds: list[int], steps: int, guidance_scale: float, at_once: int
+    ) -> Generator[ShapeStepState, None, None]:
+        """Start the loop on condition tokens.
+
+        Args:
+            contexts: [1, m, w] of every shape.
+            seeds: of every shape.
+            steps: of the scheduler.
+            guidance_scale: 1 = off.
+            at_once: shapes that are evaluated together.
+        """
+        scheduler: FlowMatchingScheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps)
+        groups = equal_runs([tokens.shape[1] for tokens in contexts], at_once)
+        flows, start = [], 0
+        for count in groups:
+            context = torch.cat(list(contexts[start : start + count])).to(self.transformer.dtype)
+            flows.append(ShapeFlow.of(self.transformer, scheduler, context, guidance_scale))
+            start += count
         return self._loop(ShapeRun(flows, scheduler, groups), seeds)
 
     @torch.no_grad()

@@ -51,6 +51,16 @@ def test_one_token_stands_for_equal_ones(count: int) -> None:
         assert (model(x, 0.4, context).sample - many).abs().max() > 1e-3
 
 
+def test_masked_tokens_are_not_there() -> None:
+    model, (x, context) = network(), draws((2, 7, 4), (2, 5, 6))
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    out = model(x, 0.4, context, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(out[:1], model(x[:1], 0.4, context[:1]).sample, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(out[1:], model(x[1:], 0.4, context[1:, :2]).sample, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="encoder_attention_mask"):
+        model(x, 0.4, context, encoder_attention_mask=mask[:, :3])
+
+
 def test_modulations_of_all_steps_at_once() -> None:
     model, (x, context) = network(guidance_embed=True), draws((2, 7, 4), (2, 5, 6))
     times, scales = torch.tensor([0.0, 0.3, 0.7]), torch.tensor([5.0, 5.0, 5.0])
