@@ -11,6 +11,7 @@
     python eval/benchmark.py distill --threads 1                    # SIM's steps against the naive way: seconds and memory
     python eval/benchmark.py vdt --threads 1                        # VDT-S/2, 16 frames of 32x32 latents; also --dtype bfloat16
     python eval/benchmark.py volume FOLDER data/lowpoly/test.parquet --threads 1   # decoders of a shape VAE; also --slim
+    python eval/benchmark.py shape --threads 1                      # sampling of a shape's latents with guidance
 
 Prints the machine, threads, dtype, and of each way the median and the spread. The tokens of both ways must be equal in float32.
 """
@@ -18,10 +19,11 @@ Prints the machine, threads, dtype, and of each way the median and the spread. T
 from _bench_distill import distill, heun
 from _bench_enat import attend, enat, search
 from _bench_eval import frechet, inception
+from _bench_shape import shape
 from _bench_vdt import vdt
 from _bench_volume import volume
 from jsonargparse import auto_cli
 
 if __name__ == "__main__":
-    parts = [enat, search, attend, frechet, inception, heun, distill, vdt, volume]
+    parts = [enat, search, attend, frechet, inception, heun, distill, vdt, volume, shape]
     auto_cli({part.__name__: part for part in parts})
