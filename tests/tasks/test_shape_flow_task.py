@@ -14,38 +14,24 @@ from PIL import Image
 from torch import Tensor
 
 from genkit.conditioners.pictures import encode_pictures
-from genkit.data.mesh_fields import FieldCounts
 from genkit.data.rendering import turntable
-from genkit.data.shape_samples import ShapeSamples, prepare
+from genkit.data.shape_samples import ShapeSamples
 from genkit.data.views import ViewDataset
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.shape import ShapePipeline
-from genkit.tasks.shape_flow import ConditionPictures, Config, ShapeFlowTask, TimesConfig, build, open_vae, shapes_of
+from genkit.tasks._shape_data import ConditionPictures, open_vae, shapes_of
+from genkit.tasks.shape_flow import Config, ShapeFlowTask, TimesConfig, build
 from genkit.training.config import TrainConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 from tests.data.toy import write_views
 from tests.pipelines.toy import text_parts
-from tests.pipelines.toy_shapes import ball_vae
-
-COUNTS = FieldCounts(volume=30, near=30, sharp=12, surface=32, edges=32)
-ENCODER = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
-MODEL = {"hidden_size": 16, "num_heads": 2, "depth": 1, "depth_single": 1}
-BOXES = ((1, 1, 1), (1, 2, 0.5), (0.3, 1, 1))
+from tests.tasks.toy_shapes import ENCODER, MODEL, shape_data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Boxes with four views each, the last one white; their prepared shapes; a VAE."""
-    folder = tmp_path_factory.mktemp("data")
-    meshes = [trimesh.creation.box(extents) for extents in BOXES]
-    rows = [np.concatenate([np.asarray(view) for view in turntable(mesh, 4, 32)], axis=1) for mesh in meshes]
-    rows[2][:, 96:] = 255
-    columns = {name: [np.asarray(getattr(mesh, name)).tolist() for mesh in meshes] for name in ("vertices", "faces")}
-    path = write_views(folder / "train.parquet", rows, **columns)
-    prepare(path, folder / "shapes", COUNTS)
-    ball_vae(num_encoder_layers=1).save_pretrained(folder / "vae")
-    return {"data": str(path), "shapes": str(folder / "shapes"), "vae": str(folder / "vae")}
+    return shape_data(tmp_path_factory.mktemp("data"))
 
 
 def settings(data: dict[str, str], **options: Any) -> Config:
@@ -87,7 +73,7 @@ def test_the_loss_is_that_of_the_straight_path(data: dict[str, str]) -> None:
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     ctx = StepContext(3, 0, torch.device("cpu"), {})
     phase = next(iter(task.step(batch, ctx)))
-    posterior = [task.latents[name][batch["shape"]] for name in ("mean", "std")]
+    posterior = [task.shape_data.latents[name][batch["shape"]] for name in ("mean", "std")]
     latent = posterior[0] + posterior[1] * ctx.randn("posterior", 3, *posterior[0].shape[1:])
     noise, t = ctx.randn("noise", 3, *latent.shape[1:]), torch.sigmoid(ctx.randn("time", 3))
     pipe: Any = task.pipeline(task.modules["model"])
