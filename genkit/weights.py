@@ -189,6 +189,26 @@ def read_checkpoint(path: str | Path, wrappers: Sequence[str] = ("state_dict",))
     return strip_prefix({str(key): value for key, value in state.items()}, "module."), note
 
 
+def checkpoint_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in a file by key; of a torch file that holds several state dicts, with their names as prefixes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is corrupt, truncated, or not a checkpoint.
+    """
+    path = Path(path)
+    kind = sniff(path)
+    if kind == "safetensors":
+        return safetensors_header(path)
+    content, _ = _read_torch(path, kind)
+    found: dict[str, tuple[int, ...]] = {}
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        parts = {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, Mapping) else {str(key): value}
+        found |= {name: tuple(part.shape) for name, part in parts.items() if isinstance(part, Tensor)}
+        found |= {name: part.size for name, part in parts.items() if isinstance(part, _Record)}
+    return found
+
+
 def strip_prefix(state: Mapping[str, Tensor], prefix: str) -> StateDict:
     """Return the state dict without a prefix that all of its keys share (unchanged when one lacks it)."""
     if state and all(key.startswith(prefix) for key in state):

@@ -112,7 +112,7 @@ def recognise(path: str | Path) -> tuple[str, Path] | None:
         System and checkpoint file, or None if no converter knows it.
     """
     path = Path(path)
-    for system in systems():
+    for system in sorted(systems(), key=lambda name: not getattr(module(name), "WHOLE", False)):
         converter = module(system)
         files = [path] if path.is_file() else [path / name for name in converter.FILES if (path / name).is_file()]
         for file in files:
@@ -133,7 +133,8 @@ def _read(converter: ModuleType, file: Path, is_asked: bool = False) -> tuple[di
         return found
     if is_asked and file.suffix == ".pkl":
         return {}, "", {}
-    return (*read_checkpoint(file, getattr(converter, "WRAPPERS", ("state_dict",))), {})
+    told = converter.options(file) if hasattr(converter, "options") and not is_asked else {}
+    return (*read_checkpoint(file, getattr(converter, "WRAPPERS", ("state_dict",))), told)
 
 
 def _checkpoint_file(path: Path, converter: ModuleType) -> Path:

@@ -8,6 +8,9 @@ A system has one file `genkit/convert/<system>.py`. It holds a table of rows and
     PIPELINE: str | None                  class of the pipeline it belongs to
     WRAPPERS: tuple[str, ...]             keys under which the state dict may lie in a file, where it is not "state_dict"
     read(path) -> (state, note, options)  reader of files that are no plain checkpoints, None for others; optional
+    options(path) -> options              what lies beside a file and tells options of `from_official`; optional
+    WHOLE: bool                           its files also hold models of other systems, which are asked after it; optional
+    companions(path) -> components        those models and settings, for the pipeline; optional
     recognise(shapes) -> bool             does a file with these keys and shapes hold this system?
     from_official(state, **options) -> (model, report)
     to_official(model) -> state

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 COMPONENT, PIPELINE = "image_encoder", None
 FILES = ("model.fp16.safetensors", "model.fp16.ckpt")
+WRAPPERS = ("conditioner", "state_dict")
 HEAD_WIDTH = 64  # of every released size
 PREFIXES = ("conditioner.", "main_image_encoder.", "model.")
 OFFICIAL: tuple[OfficialModel, ...] = ()  # part of the files of `shape_dit`

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill
@@ -18,7 +20,9 @@ from genkit.tokenizers.shape_vae import SIZES, ShapeVAE
 
 COMPONENT, PIPELINE = "vae", "ShapeReconstructionPipeline"
 FILES = ("model.fp16.safetensors", "model.fp16.ckpt")
+WRAPPERS = ("vae", "state_dict")
 HEADS = 16  # of every released file
+TOLD = ("heads", "num_latents", "scale_factor", "include_pi", "pc_size", "pc_sharpedge_size", "downsample_ratio")
 OFFICIAL = (
     OfficialModel(
         name="hunyuan3d-vae-v2-0-withencoder", source="tencent/Hunyuan3D-2", files=FILES, licence="Tencent Hunyuan community (restricted)",
@@ -94,6 +98,27 @@ def _table(heads: int, head_heads: int, with_encoder: bool) -> KeyTable:
             Row("encoder.ln_post.{p}", "encoder.ln_post.{p}"),
         ]
     return KeyTable("flashvdm", rows)
+
+
+def settings(file: Path, component: str) -> dict[str, Any]:
+    """Return the `params` of a component in the config.yaml beside a file; nothing where there is none.
+
+    Raises:
+        ValueError: if config.yaml is no mapping.
+    """
+    path = file.with_name("config.yaml")
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds no settings of components; download it again.")
+    own = content.get(component, content if "params" in content else {})
+    return dict(own.get("params") or {})
+
+
+def options(file: Path) -> dict[str, Any]:
+    """Return what config.yaml tells of the VAE."""
+    return {name: value for name, value in settings(file, "vae").items() if name in TOLD}
 
 
 def _own(state: Mapping[str, Any]) -> dict[str, Any]:

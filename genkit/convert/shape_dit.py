@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from genkit import convert
+from genkit.convert import dinov2, flashvdm
 from genkit.convert.base import ConversionReport, KeyTable, OfficialModel, Row, build_empty, fill
 from genkit.generators.shape_dit import ShapeDiT
+from genkit.schedulers.flow_matching import FlowMatchingScheduler
+from genkit.weights import checkpoint_shapes
 
-COMPONENT, PIPELINE = "transformer", None
+COMPONENT, PIPELINE = "transformer", "ShapePipeline"
 FILES = ("model.fp16.safetensors", "model.fp16.ckpt")
+WRAPPERS = ("model", "state_dict")
+WHOLE = True
 HEADS = 16  # of every released file
 RESTRICTED = "Tencent Hunyuan community (restricted)"
 NOTE = "not for the EU, the UK and South Korea"
@@ -63,6 +70,34 @@ TABLE = KeyTable(
         Row("final_layer.linear.{p}", "head.{p}"),
     ],
 )  # fmt: skip
+
+
+def options(file: Path) -> dict[str, Any]:
+    """Return what config.yaml tells of the transformer."""
+    names = {"num_heads": "num_heads", "time_factor": "max_period"}
+    return {names[name]: value for name, value in flashvdm.settings(file, "model").items() if name in names}
+
+
+def companions(file: Path) -> dict[str, Any]:
+    """Return VAE, image encoder, scheduler and settings that lie in the file of a whole generator, or beside it.
+
+    Steps and guidance are those of the released examples.
+    """
+    shapes = checkpoint_shapes(file)
+    found: dict[str, Any] = {}
+    if flashvdm.recognise(shapes):
+        found["vae"] = convert.load("flashvdm", file)
+    if dinov2.recognise(shapes):
+        found["image_encoder"] = convert.load("dinov2", file)
+        found["condition_size"] = flashvdm.settings(file, "image_processor").get("size", 512)
+    told = flashvdm.settings(file, "scheduler")
+    distilled = "guidance_in.in_layer.weight" in _own(shapes)
+    if "pcm_timesteps" in told or "turbo" in str(file.parent.name):
+        found["scheduler"] = FlowMatchingScheduler(steps="consistency", phases=told.get("pcm_timesteps", 100))
+    else:
+        names = ("num_train_timesteps", "shift", "use_dynamic_shifting")
+        found["scheduler"] = FlowMatchingScheduler(**{name: told[name] for name in names if name in told})
+    return {**found, "num_inference_steps": 5 if distilled and found["scheduler"].config["steps"] == "consistency" else 50}
 
 
 def _own(state: Mapping[str, Any]) -> dict[str, Any]:

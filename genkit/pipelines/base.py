@@ -234,7 +234,8 @@ def _from_official(system: str, path: Path, options: dict[str, Any], torch_dtype
     accepted = set(inspect.signature(cls.__init__).parameters) - {"self", module.COMPONENT}
     own = {name: options[name] for name in accepted & options.keys()}
     model = convert.load(system, path, **{name: value for name, value in options.items() if name not in own})
-    components = cls.complete({module.COMPONENT: model, **own})
+    others = module.companions(path) if hasattr(module, "companions") else {}
+    components = cls.complete({module.COMPONENT: model, **others, **own})
     absent = [name for name in loading.required(cls) if components.get(name) is None]
     if absent:
         raise ValueError(
