@@ -45,7 +45,7 @@ def compute(pipe: GenPipeline, calls: Sequence[Mapping[str, Any]]) -> dict[str, 
     for index, call in enumerate(calls):
         output = pipe(**call, output_type="np")
         pictures = output.images if "images" in output else output.frames
-        results[f"{index}.images"] = torch.from_numpy((pictures * 255).round()).to(torch.uint8)
+        results[f"{index}.images"] = torch.from_numpy((pictures * 255).round()).to(torch.uint8).contiguous()
         if output.get("tokens") is not None:
             results[f"{index}.tokens"] = output.tokens.cpu().contiguous()
     return results

@@ -155,6 +155,18 @@ def test_nan_and_infinity_must_sit_at_the_same_places() -> None:
         assert not compare_tensor(torch.tensor(wrong), reference, "y", tolerance).ok
 
 
+def test_a_certificate_of_a_pixel_model(tmp_path: Path) -> None:
+    from genkit.generators.edm import EDMUNet2DModel
+    from genkit.pipelines.edm import EDMPipeline
+    from genkit.schedulers.edm_heun import EDMHeunScheduler
+
+    sizes = {"name": "song", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    pipe = EDMPipeline(EDMUNet2DModel(sample_size=8, label_dim=0, unet_config=sizes).eval(), EDMHeunScheduler(), num_inference_steps=2)
+    pipe.save_pretrained(tmp_path)
+    certificate.write(tmp_path, [{"num_images_per_prompt": 2, "generator": [1, 2]}])
+    assert certificate.check(tmp_path).status == "ok"
+
+
 def test_a_certificate_proves_the_model_and_notices_a_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from genkit.generators.enat import ENATTransformer2DModel
     from genkit.pipelines.enat import ENATPipeline
