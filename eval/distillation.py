@@ -28,6 +28,7 @@ from genkit.eval.features import FeatureNetwork
 from genkit.eval.frechet import GaussianStatistics, frechet_distance, merged
 from genkit.eval.metrics import GROUPS, QUANTILE, jackknife
 
+CURVES = ("eval/fid", "eval/frechet")  # how runs log the distance to real pictures
 SHEET_PROMPTS = (
     "a treasure chest", "a wooden table", "a barrel", "a tree", "a chair", "a red car", "a pumpkin", "a stone wall", "a candle", "a burger",
 )  # fmt: skip
@@ -49,7 +50,7 @@ def curves(folders: list[Path]) -> None:
     found: dict[str, dict[int, float]] = {}
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        found[folder.name] = {line["step"]: line["eval/fid"] for line in lines if "eval/fid" in line}
+        found[folder.name] = {line["step"]: value for line in lines for key, value in line.items() if key.startswith(CURVES)}
     steps = sorted({step for values in found.values() for step in values})
     print("| step |", " | ".join(found), "|")
     print("|---" * (len(found) + 1) + "|")
