@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -168,6 +169,17 @@ class GenPipeline(DiffusionPipeline):
     def complete(cls, components: dict[str, Any]) -> dict[str, Any]:
         """Return the components of an official checkpoint with those added that follow from them (a scheduler, say)."""
         return components
+
+
+def check_sampling(steps: int, per_prompt: int, guidance_scale: float) -> None:
+    """Refuse numbers that no loop can be run with.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if steps < 1 or per_prompt < 1 or not math.isfinite(guidance_scale):
+        given = f"{steps}, {per_prompt} and guidance_scale={guidance_scale}"
+        raise ValueError(f"num_inference_steps and num_images_per_prompt must be at least 1, guidance finite, got {given}.")
 
 
 def samples_at_once_or_default(samples_at_once: int | None, device: torch.device) -> int:

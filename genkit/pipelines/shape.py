@@ -1,7 +1,7 @@
 """ShapePipeline: a picture, several views or text to a mesh.
 
 Hunyuan3D 2.0 (arXiv 2501.12202) and FlashVDM (arXiv 2503.16302): a flow-matching transformer makes the latent tokens of a shape, a vecset
-VAE turns them into a field, marching cubes into a mesh. Shapes span [-1, 1], the front looks along +z.
+VAE turns them into a field, marching cubes into a mesh. Shapes span [-1, 1].
 
 - guidance costs one more token, and empty steps nothing (`genkit.pipelines.shape_flow`)
 - after guidance distillation the scale is an input of the network, after step distillation five steps do
@@ -12,7 +12,6 @@ Letters: b shapes, n latent tokens, e width of a latent, m condition tokens, w w
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ from genkit.checks import choose
 from genkit.conditioners.pictures import BORDER, VIEWS, encode_pictures, encode_views, object_rgba, recentred, to_condition
 from genkit.conditioners.text import encode_text
 from genkit.generators.shape_dit import ShapeDiT
-from genkit.pipelines.base import Callback, samples_at_once_or_default
+from genkit.pipelines.base import Callback, check_sampling, samples_at_once_or_default
 from genkit.pipelines.outputs import MemoryEstimate, StepState
 from genkit.pipelines.seeds import SampleStreams, Seeds, resolve_seeds
 from genkit.pipelines.shape_decoding import DECODERS, ShapeOutput, ShapePipelineBase
@@ -209,9 +208,7 @@ class ShapePipeline(ShapePipelineBase):
         """
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
-        if steps < 1 or num_images_per_prompt < 1 or not math.isfinite(scale):
-            given = f"{steps}, {num_images_per_prompt} and guidance_scale={scale}"
-            raise ValueError(f"num_inference_steps and num_images_per_prompt must be at least 1, guidance finite, got {given}.")
+        check_sampling(steps, num_images_per_prompt, scale)
         with torch.no_grad():
             contexts = [tokens for tokens in self.encode_prompt(prompt, views) for _ in range(num_images_per_prompt)]
         seeds = resolve_seeds(generator, len(contexts))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genkit.checks import choose
 from genkit.conditioners.text import condition_vector, encode_text
 from genkit.generators.vdt import VDTTransformer3DModel
-from genkit.pipelines.base import Callback, GenPipeline, samples_at_once_or_default
+from genkit.pipelines.base import Callback, GenPipeline, check_sampling, samples_at_once_or_default
 from genkit.pipelines.clips import Clip, clip_tensor, pixel_mask, place_frames, reduce_mask, to_video
 from genkit.pipelines.outputs import OUTPUT_TYPES, MemoryEstimate, StepState
 from genkit.pipelines.prompts import Prompt, as_prompts, resolve_prompts
@@ -301,9 +300,7 @@ class VDTPipeline(GenPipeline):
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         own = 1.0 if prompt is None else self.config["guidance_scale"]
         scale = own if guidance_scale is None else guidance_scale
-        if steps < 1 or num_images_per_prompt < 1 or not math.isfinite(scale):
-            given_values = f"{steps}, {num_images_per_prompt} and guidance_scale={scale}"
-            raise ValueError(f"num_inference_steps and num_images_per_prompt must be at least 1, guidance finite, got {given_values}.")
+        check_sampling(steps, num_images_per_prompt, scale)
         prompts = [None] if prompt is None else as_prompts(prompt)
         seeds = resolve_seeds(generator, len(prompts) * num_images_per_prompt)
         with torch.no_grad():

@@ -103,7 +103,7 @@ class ConditionPictures(Dataset[dict[str, Tensor]]):
 
     def _again(self, again: Any, size: int) -> Tensor:
         """Return the pictures after the tokenizer, cut out anew; the original where that fails."""
-        found = []
+        found, failed = [], 0
         for start in range(0, len(self.rows), 32):
             rows = self.rows[start : start + 32]
             for place, picture in enumerate(again(torch.stack([self.views[row]["image"] for row in rows]))):
@@ -111,6 +111,11 @@ class ConditionPictures(Dataset[dict[str, Tensor]]):
                     found.append(cut_out(picture, size))
                 except ValueError:
                     found.append(self.pictures[start + place])
+                    failed += 1
+        if failed:
+            logger.warning(
+                "%d of %d pictures stay as they were: no object in what the tokenizer made", failed, len(self.rows)
+            )
         return torch.stack(found)
 
     def __len__(self) -> int:

@@ -59,7 +59,7 @@ class Config(ShapeDataConfig):
         export_dtype: floating type of the exported weights.
     """
 
-    teacher: str = "genkit/shape-lowpoly"
+    teacher: str = "runs/shape-lowpoly/export"
     stage: Literal["guidance", "consistency", "adversarial"] = "guidance"
     start: str | None = None
     guidance_range: tuple[float, float] = (1.0, 8.0)

@@ -63,7 +63,7 @@ class Config(ShapeDataConfig):
         export_dtype: floating type of the exported weights.
     """
 
-    vae: str = "genkit/shape-vae-lowpoly"
+    vae: str = "runs/shape-vae-lowpoly/export/vae"
     image_encoder: dict[str, Any] = field(default_factory=dict)
     pretrained_image_encoder: str | None = None
     text_encoder: str | None = None
