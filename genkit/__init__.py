@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from genkit.catalogue import list_models
     from genkit.generators.edm import EDMUNet2DModel
     from genkit.generators.enat import ENATState, ENATTransformer2DModel
+    from genkit.generators.mesh_transformer import MeshTransformer
     from genkit.generators.mimo_vp import MIMOVP
     from genkit.generators.predformer import PredFormer
     from genkit.generators.shape_dit import ShapeDiT
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from genkit.pipelines.base import GenPipeline
     from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
+    from genkit.pipelines.meshanything import MeshAnythingPipeline
     from genkit.pipelines.pixart_one_step import PixArtOneStepPipeline
     from genkit.pipelines.shape import ShapePipeline
     from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from genkit.schedulers.edm_heun import EDMHeunScheduler
     from genkit.schedulers.flow_matching import FlowMatchingScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
+    from genkit.tokenizers.mesh_vae import MeshVQModel
+    from genkit.tokenizers.point_encoder import PointEncoder
     from genkit.tokenizers.shape_vae import ShapeVAE
     from genkit.tokenizers.vit_vqgan import ViTVQModel
 
@@ -50,9 +54,13 @@ EXPORTS = {
     "GenPipeline": "genkit.pipelines.base",
     "MIMOVP": "genkit.generators.mimo_vp",
     "MaskedTokenScheduler": "genkit.schedulers.masked_token",
+    "MeshAnythingPipeline": "genkit.pipelines.meshanything",
+    "MeshTransformer": "genkit.generators.mesh_transformer",
+    "MeshVQModel": "genkit.tokenizers.mesh_vae",
     "ModelMixin": "diffusers",
     "OneStepPipeline": "genkit.pipelines.edm",
     "PixArtOneStepPipeline": "genkit.pipelines.pixart_one_step",
+    "PointEncoder": "genkit.tokenizers.point_encoder",
     "PredFormer": "genkit.generators.predformer",
     "SchedulerMixin": "diffusers",
     "ShapeDiT": "genkit.generators.shape_dit",
@@ -76,9 +84,13 @@ __all__ = [
     "FlowMatchingScheduler",
     "GenPipeline",
     "MaskedTokenScheduler",
+    "MeshAnythingPipeline",
+    "MeshTransformer",
+    "MeshVQModel",
     "ModelMixin",
     "OneStepPipeline",
     "PixArtOneStepPipeline",
+    "PointEncoder",
     "PredFormer",
     "SchedulerMixin",
     "ShapeDiT",

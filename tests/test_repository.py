@@ -23,7 +23,7 @@ NETWORKS = {"blocks", "tokenizers", "generators", "conditioners", "schedulers", 
 MAY_IMPORT = {
     "blocks": set(),
     "tokenizers": {"blocks"},
-    "generators": {"blocks", "schedulers"},
+    "generators": {"blocks", "tokenizers", "schedulers"},
     "conditioners": {"blocks"},
     "schedulers": set(),
     "data": set(),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.blocks.caps import MIXERS, Cache, ChannelMixer, Context, TokenMixer, refusal
@@ -38,6 +39,7 @@ class Branch(nn.Module):
         modulate_context: the context is modulated too (5 vectors); needs `modulated`.
         context_dim: d_c; d if None.
         layer_scale: start value of a learned factor per channel on f; none if None.
+        dropout: of f's result, in training.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Branch(nn.Module):
         modulate_context: bool = False,
         context_dim: int | None = None,
         layer_scale: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         choose(residual, RESIDUALS, "residual")
@@ -62,7 +65,7 @@ class Branch(nn.Module):
         if modulate_context and not (modulated and self.takes_context):
             raise ValueError(f"Branch: modulate_context=True needs modulated=True and a mixer that takes context, got {f.config}.")
         self.f = f
-        self.residual = residual
+        self.residual, self.dropout = residual, dropout
         self.num_vectors = (5 if modulate_context else 3) if modulated else 0
         self.norm = build_norm(norm, dim, eps)
         self.norm_out = build_norm(norm, dim, eps) if residual == "sandwich" else nn.Identity()
@@ -107,6 +110,8 @@ class Branch(nn.Module):
                 context = self._normed_context(context, vectors)
             out = self.f(normed, layout=layout, context=context, mask=mask, cache=cache)
         out = self.norm_out(out)
+        if self.dropout:
+            out = F.dropout(out, self.dropout, self.training)
         out = out if self.layer_scale is None else out * self.layer_scale
         out = out if not vectors else out * vectors[-1].unsqueeze(1)
         if self.residual == "none":

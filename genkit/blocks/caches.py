@@ -64,6 +64,17 @@ class KVCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def grow(self, max_len: int) -> None:
+        """Make room for `max_len` tokens; those that are there stay. Doubling it each time costs one copy per token in all."""
+        if max_len <= self.max_len:
+            return
+        for name in ("k", "v"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], max_len, old.shape[3])
+            new[:, :, : self.length] = old[:, :, : self.length]
+            setattr(self, name, new)
+        self.max_len = max_len
+
     def reset(self) -> None:
         """Forget all tokens."""
         self.length = 0

@@ -63,6 +63,7 @@ def build(
     context_norm: str = "none",
     modulate_context: bool = False,
     layer_scale: float | None = None,
+    dropout: float = 0.0,
     needs: Caps | None = None,
 ) -> nn.ModuleList:
     """Build the blocks of a stack; everything but the mixers is the model's choice and given here.
@@ -80,6 +81,7 @@ def build(
         context_norm: norm of the context in the branches that take it.
         modulate_context: those branches have 5 vectors, the context being modulated too.
         layer_scale: start value of a learned factor per channel on each branch; none if None.
+        dropout: of each branch's result, in training.
         needs: what the model asks of its mixers; checked before anything is built.
 
     Returns:
@@ -111,6 +113,7 @@ def build(
                     modulate_context=modulate_context and takes_context,
                     context_dim=context_dim,
                     layer_scale=layer_scale,
+                    dropout=dropout,
                 )
             )
         built.append(Block(branches, dim, cond_dim=own_cond))

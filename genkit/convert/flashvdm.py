@@ -51,7 +51,7 @@ def _interleaved(parts: int, heads: int) -> tuple[Callable[[list[Tensor]], list[
     return split, join
 
 
-def _block(official: str, ours: str, heads: int, cross: bool) -> list[Row]:
+def block_rows(official: str, ours: str, heads: int, cross: bool) -> list[Row]:
     """Return the rows of a block."""
     attention, mlp = f"{ours}.branches.0", f"{ours}.branches.1"
     rows = [Row(f"{official}.ln_1.{{p}}", f"{attention}.norm.{{p}}")]
@@ -82,10 +82,10 @@ def _block(official: str, ours: str, heads: int, cross: bool) -> list[Row]:
 def _table(heads: int, head_heads: int, with_encoder: bool) -> KeyTable:
     rows: list[Row | Drop] = [
         Row("post_kl.{p}", "post_kl.{p}"),
-        *_block("transformer.resblocks.{i}", "blocks.{i}", heads, cross=False),
+        *block_rows("transformer.resblocks.{i}", "blocks.{i}", heads, cross=False),
         Row("geo_decoder.query_proj.{p}", "head.query_proj.{p}"),
         Row("geo_decoder.latents_proj.{p}", "head.latents_proj.{p}"),
-        *_block("geo_decoder.cross_attn_decoder", "head.block", head_heads, cross=True),
+        *block_rows("geo_decoder.cross_attn_decoder", "head.block", head_heads, cross=True),
         Row("geo_decoder.ln_post.{p}", "head.ln_post.{p}"),
         Row("geo_decoder.output_proj.{p}", "head.out.{p}"),
     ]
@@ -93,8 +93,8 @@ def _table(heads: int, head_heads: int, with_encoder: bool) -> KeyTable:
         rows += [
             Row("pre_kl.{p}", "pre_kl.{p}"),
             Row("encoder.input_proj.{p}", "encoder.input_proj.{p}"),
-            *_block("encoder.cross_attn", "encoder.cross", heads, cross=True),
-            *_block("encoder.self_attn.resblocks.{i}", "encoder.blocks.{i}", heads, cross=False),
+            *block_rows("encoder.cross_attn", "encoder.cross", heads, cross=True),
+            *block_rows("encoder.self_attn.resblocks.{i}", "encoder.blocks.{i}", heads, cross=False),
             Row("encoder.ln_post.{p}", "encoder.ln_post.{p}"),
         ]
     return KeyTable("flashvdm", rows)

@@ -113,9 +113,7 @@ class ConditionPictures(Dataset[dict[str, Tensor]]):
                     found.append(self.pictures[start + place])
                     failed += 1
         if failed:
-            logger.warning(
-                "%d of %d pictures stay as they were: no object in what the tokenizer made", failed, len(self.rows)
-            )
+            logger.warning("%d of %d pictures stay as they were: no object in what the tokenizer made", failed, len(self.rows))
         return torch.stack(found)
 
     def __len__(self) -> int:

@@ -71,17 +71,17 @@ class VecsetPosterior:
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).flatten(1).mean(1)
 
 
-def self_block(dim: int, heads: int, qkv_bias: bool, qk_norm: bool) -> Block:
+def self_block(dim: int, heads: int, qkv_bias: bool, qk_norm: bool, eps: float = 1e-6) -> Block:
     """Return a block of self-attention and MLP."""
     attention = AttentionConfig(heads=heads, qkv_bias=qkv_bias, qk_norm="ln" if qk_norm else "none")
-    return Block([Branch(attention.build(dim), dim, "ln", eps=1e-6), Branch(MLPConfig().build(dim), dim, "ln", eps=1e-6)], dim)
+    return Block([Branch(attention.build(dim), dim, "ln", eps=eps), Branch(MLPConfig().build(dim), dim, "ln", eps=eps)], dim)
 
 
-def cross_block(dim: int, heads: int, qkv_bias: bool, qk_norm: bool, context_dim: int, ratio: float = 4) -> Block:
+def cross_block(dim: int, heads: int, qkv_bias: bool, qk_norm: bool, context_dim: int, ratio: float = 4, eps: float = 1e-6) -> Block:
     """Return a block of cross-attention to normed tokens, and MLP."""
     attention = AttentionConfig(heads=heads, qkv_bias=qkv_bias, qk_norm="ln" if qk_norm else "none", keys="context")
-    first = Branch(attention.build(dim, context_dim=context_dim), dim, "ln", eps=1e-6, context_norm="ln", context_dim=context_dim)
-    return Block([first, Branch(MLPConfig(ratio=ratio).build(dim), dim, "ln", eps=1e-6)], dim)
+    first = Branch(attention.build(dim, context_dim=context_dim), dim, "ln", eps=eps, context_norm="ln", context_dim=context_dim)
+    return Block([first, Branch(MLPConfig(ratio=ratio).build(dim), dim, "ln", eps=eps)], dim)
 
 
 class GeometryHead(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from genkit.training.evaluation import EvaluationConfig
 
 TRACKERS = ("tensorboard", "wandb")
+SCHEDULES = ("constant", "cosine", "whole_cosine")
 # What may differ between a checkpoint and the run that resumes it; every other field decides the trained weights.
 FREE_FIELDS = (
     "out", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "evaluate_every", "evaluate", "trackers",
@@ -35,9 +36,10 @@ class TrainConfig:
         mixed_precision: autocast type; weights and optimizer states stay as the task built them.
         accumulation: parts that a process cuts its share of a batch into; the result stays that of the whole batch.
         grad_clip: largest gradient norm per optimizer, null for none.
-        schedule: course of the learning rate after the warm-up.
+        schedule: course of the learning rate after the warm-up; "whole_cosine" counts from the start of the run, see `whole_cosine`.
         warmup: steps of linear warm-up; the first update already has 1 / warmup of the rate.
-        lr_floor: where cosine ends, as a fraction of the rate, in [0, 1].
+        warmup_first: where the warm-up of whole_cosine begins, as a fraction of the rate, in [0, 1].
+        lr_floor: where both cosines end, as a fraction of the rate, in [0, 1].
         ema_decay: share of the average kept per step, in [0, 1).
         ema_warmup: lower the decay early to (1 + step) / (10 + step).
         ema_device: where the average is kept; "cpu" spares the accelerator's memory, for tasks whose steps do not use the average.
@@ -61,8 +63,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     accumulation: int = 1
     grad_clip: float | None = 1.0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "whole_cosine"] = "constant"
     warmup: int = 0
+    warmup_first: float = 0.0
     lr_floor: float = 0.0
     ema_decay: float = 0.999
     ema_warmup: bool = True
@@ -83,9 +86,10 @@ class TrainConfig:
             _require(key, getattr(self, key), getattr(self, key) >= 0, "at least 0")
         _require("out", self.out, bool(self.out), "a folder")
         _require("mixed_precision", self.mixed_precision, self.mixed_precision in ("no", "bf16", "fp16"), "no, bf16 or fp16")
-        _require("schedule", self.schedule, self.schedule in ("constant", "cosine"), "constant or cosine")
+        _require("schedule", self.schedule, self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES))
         _require("warmup", self.warmup, self.warmup <= self.steps, f"at most train.steps={self.steps}")
-        _require("lr_floor", self.lr_floor, 0 <= self.lr_floor <= 1, "in [0, 1]")
+        for key in ("lr_floor", "warmup_first"):
+            _require(key, getattr(self, key), 0 <= getattr(self, key) <= 1, "in [0, 1]")
         _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
         _require("ema_device", self.ema_device, self.ema_device in ("same", "cpu"), "same or cpu")
         _require("evaluate", self.evaluate, not self.evaluate_every or self.evaluate is not None, "given where train.evaluate_every is")
@@ -101,6 +105,8 @@ class TrainConfig:
 
         (step + 1) / warmup while warming up, then 1, or floor + (1 - floor) (1 + cos(pi t)) / 2 with t from 0 to 1 over the rest.
         """
+        if self.schedule == "whole_cosine":
+            return whole_cosine(step / self.steps, self.warmup / self.steps, self.warmup_first, self.lr_floor)
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -110,8 +116,24 @@ class TrainConfig:
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Name the settings that decide the weights and differ from those a checkpoint was trained with."""
-        free = set(FREE_FIELDS) - ({"steps"} if self.schedule == "cosine" else set())
+        free = set(FREE_FIELDS) - ({"steps"} if self.schedule != "constant" else set())
         return differences("train", {key: saved[key] for key in saved if key not in free}, plain(self))
+
+
+def whole_cosine(progress: float, warm: float, first: float, floor: float) -> float:
+    """Return a learning-rate factor that rises in a line from `first` to 1 and then follows a cosine that began with the run.
+
+    Args:
+        progress: share of the run that is done.
+        warm: share of the run that warms up.
+        first: factor at the start.
+        floor: factor at the end.
+
+    Source: the released training code of MeshAnything V2 (arXiv 2408.02555).
+    """
+    if warm > 0 and progress <= warm:
+        return first + progress / warm * (1 - first)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _require(key: str, value: object, is_valid: bool, expected: str) -> None:

@@ -18,9 +18,13 @@ from genkit.parity.compare import compare, compare_tensor
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(path.parent for path in GOLDENS.glob("*/*/config.json"))
+SLOW = {"v2_official_size"}  # half a billion weights
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=f"{path.parent.name}/{path.name}", marks=[pytest.mark.slow] if path.name in SLOW else []) for path in CASES],
+)
 def test_golden_case(path: Path) -> None:
     result = check_case(Case(path))
     if result.status == "skipped":

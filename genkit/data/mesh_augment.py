@@ -1,0 +1,140 @@
+"""Meshes as a mesh generator learns them: augmented, quantised, with points of their surface as the condition.
+
+Source: Chen et al. 2024 (MeshAnything V2, arXiv 2408.02555) and its released training code.
+Letters: v vertices, f faces, p points.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCALES = (0.75, 1.25)
+SHIFT = 0.1
+POINT_LIMIT = 0.9995
+"""Largest coordinate of condition points; those of a mesh of longest side 1 are doubled first."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One draw.
+
+    Args:
+        scale: of the three axes.
+        angle: about y, radians.
+        shift: of the three axes, before it is cut so that the mesh stays inside.
+    """
+
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    angle: float = 0.0
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Augmentation:
+        """Draw scales, angle and shifts, in this order."""
+        scale = tuple(rng.uniform(*SCALES, 3).tolist())
+        return cls(scale, float(rng.uniform(0, 2 * np.pi)), tuple(rng.uniform(-SHIFT, SHIFT, 3).tolist()))
+
+
+def centred_box(vertices: NDArray[Any]) -> NDArray[np.float64]:
+    """Return vertices [v, 3] with their box centred and its longest side 1."""
+    positions = np.asarray(vertices, np.float64)
+    low, high = positions.min(0), positions.max(0)
+    return (positions - (low + high) / 2) / (high - low).max()
+
+
+def augmented(vertices: NDArray[Any], draw: Augmentation) -> NDArray[np.float64]:
+    """Return vertices [v, 3] in [-0.5, 0.5]: scaled by axis, turned about y, boxed again, shifted as far as there is room."""
+    positions = centred_box(vertices) * np.asarray(draw.scale)
+    positions -= (positions.min(0) + positions.max(0)) / 2
+    x, y, z = positions.T
+    cosine, sine = np.cos(draw.angle), np.sin(draw.angle)
+    turned = centred_box(np.stack([x * cosine + z * sine, y, -x * sine + z * cosine], axis=1))
+    room = np.asarray(draw.shift).clip(-0.5 - turned.min(0), 0.5 - turned.max(0))
+    return (turned + room).clip(-0.5, 0.5)
+
+
+def points_on_faces(
+    vertices: NDArray[Any], faces: NDArray[Any], u_face: NDArray[np.float64], u_place: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return points [p, 3] of a surface and the normals of their faces [p, 3].
+
+    Args:
+        vertices: [v, 3].
+        faces: [f, 3].
+        u_face: [p] in [0, 1), choose faces in proportion to area.
+        u_place: [p, 2] in [0, 1), shares of two edges; both are mirrored where they add up to more than 1.
+
+    Raises:
+        ValueError: if the surface has no area.
+    """
+    corners = np.asarray(vertices, np.float64)[np.asarray(faces, np.int64)]
+    edges = corners[:, 1:] - corners[:, :1]
+    normals = np.cross(edges[:, 0], edges[:, 1])
+    lengths = np.linalg.norm(normals, axis=1)
+    total = np.cumsum(lengths / 2)
+    if not len(total) or not total[-1] > 0:
+        raise ValueError("the mesh has no area: all faces are lines or points.")
+    index = np.searchsorted(total, u_face * total[-1]).clip(max=len(total) - 1)
+    share = np.where(u_place.sum(1, keepdims=True) > 1, np.abs(u_place - 1), u_place)
+    points = corners[index, 0] + (share[:, :, None] * edges[index]).sum(1)
+    unit = np.divide(normals, lengths[:, None], out=np.zeros_like(normals), where=lengths[:, None] > 0)
+    return points, unit[index]
+
+
+def condition_points(
+    positions: NDArray[Any], faces: NDArray[Any], u_face: NDArray[np.float64], u_place: NDArray[np.float64]
+) -> NDArray[np.float16]:
+    """Return the points [p, 6] that a mesh in [-0.5, 0.5] is known by: positions times 2 * 0.9995, then normals, in half precision."""
+    scaled = np.asarray(positions, np.float64) * 2 * POINT_LIMIT
+    points, normals = points_on_faces(scaled, faces, u_face, u_place)
+    return np.concatenate([points.clip(-POINT_LIMIT, POINT_LIMIT), normals], axis=1).astype(np.float16)
+
+
+@dataclass(frozen=True)
+class NormalisedPoints:
+    """Points as an encoder takes them, and the way back.
+
+    Args:
+        points: [p, 6] half precision, largest coordinate 0.9995.
+        centre: [3] of the given points' box.
+        half_side: largest coordinate of the centred points.
+    """
+
+    points: NDArray[np.float16]
+    centre: NDArray[np.float64]
+    half_side: float
+
+    def back(self, positions: NDArray[Any]) -> NDArray[np.float64]:
+        """Return mesh positions in [-0.5, 0.5] at the place and size of the given points."""
+        return np.asarray(positions, np.float64) * 2 * self.half_side + self.centre
+
+
+def normalised_points(rows: NDArray[Any]) -> NormalisedPoints:
+    """Return points with normals [p, 6] of any place and size as an encoder takes them; half precision comes last.
+
+    Raises:
+        ValueError: for other shapes, numbers that are not finite, normals that are no unit vectors, or points in one place.
+    """
+    array = np.asarray(rows, np.float64)
+    if array.ndim != 2 or array.shape[1] != 6:
+        hint = (
+            "; normals are missing: sample them with the surface, or estimate them first" if array.ndim == 2 and array.shape[1] == 3 else ""
+        )
+        raise ValueError(f"a point cloud must be [points, 6], positions and unit normals, got {list(array.shape)}{hint}.")
+    if not len(array) or not np.isfinite(array).all():
+        bad = int((~np.isfinite(array).all(1)).sum())
+        raise ValueError(f"a point cloud needs finite numbers, got {len(array)} points of which {bad} are not.")
+    lengths = np.linalg.norm(array[:, 3:], axis=1)
+    if (wrong := (lengths <= 0.99) | (lengths > 1.01)).any():
+        raise ValueError(f"normals must be unit vectors, {int(wrong.sum())} of {len(array)} have lengths such as {lengths[wrong][0]:.3g}.")
+    low, high = array[:, :3].min(0), array[:, :3].max(0)
+    centre = (low + high) / 2
+    half_side = float(np.abs(array[:, :3] - centre).max())
+    if not half_side > 0:
+        raise ValueError("the point cloud has no extent: all points are in one place.")
+    positions = (array[:, :3] - centre) / half_side * POINT_LIMIT
+    return NormalisedPoints(np.concatenate([positions, array[:, 3:]], axis=1).astype(np.float16), centre, half_side)

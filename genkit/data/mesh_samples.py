@@ -1,0 +1,142 @@
+"""Meshes for mesh generators: those whose faces and shares are within bounds, held in memory.
+
+Source of the filter: Chen et al. 2024 (MeshAnything V2, arXiv 2408.02555) and its released training code.
+Letters: v vertices, f faces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from genkit.data.mesh_augment import centred_box
+from genkit.data.shape_samples import meshes_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MeshBounds:
+    """Which meshes to take.
+
+    Args:
+        min_faces, max_faces: triangles.
+        min_ratio, max_ratio: vertices per face of the welded mesh; 0.4 to 0.7 as published.
+
+    Raises:
+        ValueError: for bounds that nothing fits.
+    """
+
+    min_faces: int = 1
+    max_faces: int = 1600
+    min_ratio: float = 0.0
+    max_ratio: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_faces <= self.max_faces or not 0 <= self.min_ratio <= self.max_ratio:
+            raise ValueError(f"bounds must ascend, got faces {self.min_faces}..{self.max_faces}, ratio {self.min_ratio}..{self.max_ratio}.")
+
+    def refusal(self, vertices: int, faces: int) -> str:
+        """Return why a mesh is not taken, or ""."""
+        if faces < self.min_faces:
+            return "fewer faces than min_faces"
+        if faces > self.max_faces:
+            return "more faces than max_faces"
+        return "" if self.min_ratio <= vertices / faces <= self.max_ratio else "vertices per face out of bounds"
+
+
+@dataclass(frozen=True)
+class StoredMesh:
+    """A mesh.
+
+    Args:
+        name: of it.
+        vertices: [v, 3] float64, box centred, longest side 1; equal positions welded.
+        faces: [f, 3] int64, without degenerate and duplicate ones.
+    """
+
+    name: str
+    vertices: NDArray[np.float64]
+    faces: NDArray[np.int64]
+
+
+def welded(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Return a mesh with positions welded that agree to 1e-5 of its size, and without degenerate and duplicate faces.
+
+    Raises:
+        ValueError: if nothing is left, or numbers are not finite.
+    """
+    positions = np.asarray(vertices, np.float64)
+    if not len(faces) or not np.isfinite(positions).all() or not np.ptp(positions, axis=0).max() > 0:
+        raise ValueError("no faces, no extent, or vertices that are not finite.")
+    boxed = centred_box(positions)
+    _, first, inverse = np.unique(np.round(boxed * 1e5).astype(np.int64), axis=0, return_index=True, return_inverse=True)
+    found = inverse.reshape(-1)[faces]
+    ordered = np.sort(found, axis=1)
+    has_area = (ordered[:, 0] != ordered[:, 1]) & (ordered[:, 1] != ordered[:, 2])
+    _, single = np.unique(ordered[has_area], axis=0, return_index=True)
+    kept = found[has_area][np.sort(single)]
+    if not len(kept):
+        raise ValueError("all faces are degenerate.")
+    used, renumbered = np.unique(kept, return_inverse=True)
+    return boxed[first][used], renumbered.reshape(-1, 3)
+
+
+class MeshSamples(Dataset[dict[str, Tensor]]):
+    """Meshes of a folder, parquet file or hub data set; item i is {"index"}, `meshes[i]` the mesh.
+
+    Args:
+        path: see `genkit.data.shape_samples.meshes_of`.
+        bounds: which to take.
+        split: of a data set.
+
+    Raises:
+        ValueError: if none can be used.
+
+    Attributes:
+        meshes: taken.
+        refused: reason -> how many.
+        data_hash: changes with the meshes.
+    """
+
+    def __init__(self, path: str | Path, bounds: MeshBounds | None = None, split: str = "train") -> None:
+        bounds = bounds or MeshBounds()
+        self.meshes: list[StoredMesh] = []
+        self.refused: Counter[str] = Counter()
+        for name, load in meshes_of(path, split):
+            try:
+                mesh = load()
+                vertices, faces = welded(np.asarray(mesh.vertices), np.asarray(mesh.faces, np.int64))
+            except (ValueError, OSError, KeyError, IndexError, TypeError, AttributeError) as error:
+                self.refused[f"cannot be used: {str(error).split(';')[0][:80]}"] += 1
+                continue
+            reason = bounds.refusal(len(vertices), len(faces))
+            if reason:
+                self.refused[reason] += 1
+            else:
+                self.meshes.append(StoredMesh(name, vertices, faces))
+        if not self.meshes:
+            raise ValueError(f"{str(path)!r}: none of {self.refused.total()} meshes can be used: {dict(self.refused)}.")
+        if self.refused:
+            logger.warning("%d meshes of %s, %d left out: %s", len(self.meshes), path, self.refused.total(), dict(self.refused))
+        digest = hashlib.sha256()
+        for stored in self.meshes:
+            digest.update(stored.name.encode() + stored.vertices.tobytes() + stored.faces.tobytes())
+        self.data_hash = digest.hexdigest()[:24]
+
+    def __len__(self) -> int:
+        return len(self.meshes)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"mesh index {index} is outside 0..{len(self) - 1}.")
+        return {"index": torch.tensor(index)}
