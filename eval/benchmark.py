@@ -12,6 +12,8 @@
     python eval/benchmark.py vdt --threads 1                        # VDT-S/2, 16 frames of 32x32 latents; also --dtype bfloat16
     python eval/benchmark.py volume FOLDER data/lowpoly/test.parquet --threads 1   # decoders of a shape VAE; also --slim
     python eval/benchmark.py shape --threads 1                      # sampling of a shape's latents with guidance
+    python eval/benchmark.py mesh --threads 1                       # tokens of MeshAnything V2 at contexts of 300 to 4,500
+    python eval/benchmark.py mesh_tokens                            # a mesh of 1,280 faces to tokens and back
 
 Prints the machine, threads, dtype, and of each way the median and the spread. The tokens of both ways must be equal in float32.
 """
@@ -19,11 +21,12 @@ Prints the machine, threads, dtype, and of each way the median and the spread. T
 from _bench_distill import distill, heun
 from _bench_enat import attend, enat, search
 from _bench_eval import frechet, inception
+from _bench_mesh import mesh, mesh_tokens
 from _bench_shape import shape
 from _bench_vdt import vdt
 from _bench_volume import volume
 from jsonargparse import auto_cli
 
 if __name__ == "__main__":
-    parts = [enat, search, attend, frechet, inception, heun, distill, vdt, volume, shape]
+    parts = [enat, search, attend, frechet, inception, heun, distill, vdt, volume, shape, mesh, mesh_tokens]
     auto_cli({part.__name__: part for part in parts})

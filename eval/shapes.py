@@ -20,22 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from _mesh_tables import cell, sheet, spread
 from torch import Tensor
 
 from genkit import GenPipeline
-from genkit.cli._pictures import grid
 from genkit.data.mesh_fields import MeshField
-from genkit.data.rendering import turntable
-from genkit.data.shape_samples import meshes_of
 from genkit.data.surfaces import normalised
 from genkit.data.winding import winding_numbers
-from genkit.eval.assets import bootstrap_mean
 from genkit.eval.meshes import sample
 from genkit.eval.shapes import PointDistances, occupancy_iou
 
 NEAR = 0.02  # standard deviation of points near the surface
 THRESHOLD = 0.02  # of the F-score
-SHEET_COLUMNS, SHEET_SIZE, SHEET_VIEW = 8, 128, 2
 METRICS = ("volume IoU", "surface IoU", "Chamfer", "F-score")
 
 
@@ -131,25 +127,11 @@ def table(rows: dict[str, Row], columns: tuple[str, ...]) -> None:
         for column in columns:
             values = torch.tensor(row.values[column], dtype=torch.float64)
             if column in METRICS:
-                estimate = bootstrap_mean(values, range(len(values)))
-                cells.append(f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]")
+                cells.append(cell(row.values[column]))
             else:
                 cells.append(f"{100 * values.mean():.1f} %" if column == "evaluated" else f"{values.median():.2f}")
         print(f"| {label} |", " | ".join(cells), "|")
     print()
-
-
-def sheet(path: Path, originals: list[Any], found: list[Any]) -> None:
-    """Write originals above reconstructions, a column each."""
-    pictures = []
-    for start in range(0, len(originals), SHEET_COLUMNS):
-        rows = (originals[start : start + SHEET_COLUMNS], found[start : start + SHEET_COLUMNS])
-        for row in rows:
-            shown = [turntable(mesh, 16, SHEET_SIZE)[SHEET_VIEW] for mesh in row]
-            blank = shown[0].point(lambda _: 255)
-            pictures += shown + [blank] * (SHEET_COLUMNS - len(shown))
-    grid(pictures, SHEET_COLUMNS).save(path)
-    print(f"{path}: originals above reconstructions\n")
 
 
 def main() -> None:
@@ -168,12 +150,11 @@ def main() -> None:
     for name in args.models:
         pipes[name] = GenPipeline.from_pretrained(name)
         pipes[name].set_progress_bar_config(disable=True)
-    items = meshes_of(args.data)
-    chosen = np.unique(np.linspace(0, len(items) - 1, min(args.count, len(items))).round().astype(int))
-    meshes = [items[i][1]() for i in chosen]
+    meshes = spread(args.data, args.count)
     truth, deviation = measure(pipes, args.decoders, meshes, args.resolution, args.points)
     if args.sheet:
-        sheet(args.sheet, meshes, next(iter(truth.values())).meshes)
+        sheet(args.sheet, [meshes, next(iter(truth.values())).meshes])
+        print(f"{args.sheet}: originals above reconstructions\n")
     if args.json:
         parts = {"truth": truth, "first": deviation}
         print(json.dumps({name: {label: row.values for label, row in rows.items()} for name, rows in parts.items()}))

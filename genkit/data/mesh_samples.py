@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,6 @@ class MeshSamples(Dataset[dict[str, Tensor]]):
     Attributes:
         meshes: taken.
         refused: reason -> how many.
-        data_hash: changes with the meshes.
     """
 
     def __init__(self, path: str | Path, bounds: MeshBounds | None = None, split: str = "train") -> None:
@@ -124,14 +124,35 @@ class MeshSamples(Dataset[dict[str, Tensor]]):
                 self.refused[reason] += 1
             else:
                 self.meshes.append(StoredMesh(name, vertices, faces))
+        self.path = path
+        self._report()
+
+    def keep(self, is_fit: Callable[[StoredMesh], bool], reason: str) -> None:
+        """Leave out the meshes that do not fit, for a reason that is counted.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        kept = [mesh for mesh in self.meshes if is_fit(mesh)]
+        lost = len(self.meshes) - len(kept)
+        self.meshes = kept
+        if lost:
+            self.refused[reason] += lost
+            self._report()
+
+    def _report(self) -> None:
         if not self.meshes:
-            raise ValueError(f"{str(path)!r}: none of {self.refused.total()} meshes can be used: {dict(self.refused)}.")
+            raise ValueError(f"{str(self.path)!r}: none of {self.refused.total()} meshes can be used: {dict(self.refused)}.")
         if self.refused:
-            logger.warning("%d meshes of %s, %d left out: %s", len(self.meshes), path, self.refused.total(), dict(self.refused))
+            logger.warning("%d meshes of %s, %d left out: %s", len(self.meshes), self.path, self.refused.total(), dict(self.refused))
+
+    @property
+    def data_hash(self) -> str:
+        """What changes with the meshes."""
         digest = hashlib.sha256()
         for stored in self.meshes:
             digest.update(stored.name.encode() + stored.vertices.tobytes() + stored.faces.tobytes())
-        self.data_hash = digest.hexdigest()[:24]
+        return digest.hexdigest()[:24]
 
     def __len__(self) -> int:
         return len(self.meshes)

@@ -23,6 +23,7 @@ LIGHT = np.array([-0.4, 0.6, 0.7]) / np.linalg.norm([-0.4, 0.6, 0.7])  # right, 
 AMBIENT, DIFFUSE = 0.45, 0.55
 ELEVATION = 20.0
 GREY = (190, 190, 190)
+EDGE, DARK = 0.6, 40.0  # half width of drawn edges in pixels, their grey
 PAIRS = 4_000_000  # face-pixel pairs at a time
 
 
@@ -44,6 +45,7 @@ def render(
     *,
     elevation: float = ELEVATION,
     supersampling: int = 2,
+    wireframe: bool = False,
 ) -> NDArray[np.uint8]:
     """Draw a mesh on white.
 
@@ -55,6 +57,7 @@ def render(
         size: s, pixels a side.
         elevation: degrees, below 90.
         supersampling: samples per pixel and axis.
+        wireframe: draw the edges of the visible faces too.
 
     Returns:
         [s, s, 3].
@@ -73,6 +76,8 @@ def render(
     nearest = nearest_faces(corners, side)
     seen = nearest >= 0
     picture[seen] = base[nearest[seen]] * shades[nearest[seen], None]
+    if wireframe:
+        picture[seen] = np.where(edge_distances(corners, nearest, side)[:, None] < EDGE * supersampling, DARK, picture[seen])
     blocks = picture.reshape(size, supersampling, size, supersampling, 3).mean(axis=(1, 3))
     return np.round(blocks).clip(0, 255).astype(np.uint8)
 
@@ -108,6 +113,27 @@ def nearest_faces(corners: NDArray[np.float64], side: int) -> NDArray[np.int64]:
     return found
 
 
+def edge_distances(corners: NDArray[np.float64], found: NDArray[np.int64], side: int) -> NDArray[np.float64]:
+    """Return how far each sample that shows a face is from the nearest edge of that face, in samples.
+
+    Args:
+        corners: [f, 3, 3] in camera axes.
+        found: from `nearest_faces`.
+        side: samples a side.
+    """
+    sample = np.flatnonzero(found >= 0)
+    places = np.stack([0.5 + SCALE * corners[..., 0], 0.5 - SCALE * corners[..., 1]], -1) * side - 0.5
+    own, point = places[found[sample]], np.stack([sample % side, sample // side], -1)
+    distances = []
+    for i in range(3):
+        start, edge = own[:, i], own[:, (i + 1) % 3] - own[:, i]
+        length = np.linalg.norm(edge, axis=1).clip(1e-9)
+        offset = point - start
+        distances.append(np.abs(edge[:, 0] * offset[:, 1] - edge[:, 1] * offset[:, 0]) / length)
+    nearest: NDArray[np.float64] = np.min(distances, axis=0)
+    return nearest
+
+
 def _draw(
     part: slice,
     x: NDArray[np.float64],
@@ -141,7 +167,9 @@ def _draw(
     depth[nearer], found[nearer] = own_depth[nearer], own_face[nearer]
 
 
-def turntable(mesh: trimesh.Trimesh, views: int = 16, size: int = 128, colours: NDArray[np.uint8] | None = None) -> list[Image.Image]:
+def turntable(
+    mesh: trimesh.Trimesh, views: int = 16, size: int = 128, colours: NDArray[np.uint8] | None = None, *, wireframe: bool = False
+) -> list[Image.Image]:
     """Return pictures of a full turn of a mesh, which is centred and fitted into the unit sphere first.
 
     Args:
@@ -149,6 +177,7 @@ def turntable(mesh: trimesh.Trimesh, views: int = 16, size: int = 128, colours: 
         views: pictures, evenly spread from azimuth 0.
         size: pixels a side.
         colours: [f, 3] uint8; the mesh's own face colours, or grey, if None.
+        wireframe: draw the edges of the visible faces too.
 
     Raises:
         ValueError: for no views, or a mesh without faces or with numbers that are not finite.
@@ -159,7 +188,7 @@ def turntable(mesh: trimesh.Trimesh, views: int = 16, size: int = 128, colours: 
         raise ValueError(f"turntable: views must be at least 1, got {views}.")
     vertices = fitted(mesh)
     own = colours if colours is not None else face_colours(mesh)
-    return [Image.fromarray(render(vertices, mesh.faces, own, 360 * i / views, size)) for i in range(views)]
+    return [Image.fromarray(render(vertices, mesh.faces, own, 360 * i / views, size, wireframe=wireframe)) for i in range(views)]
 
 
 def fitted(mesh: trimesh.Trimesh) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.data.mesh_augment import Augmentation, augmented, condition_points
-from genkit.data.mesh_samples import MeshBounds, MeshSamples
+from genkit.data.mesh_samples import MeshBounds, MeshSamples, StoredMesh
 from genkit.tokenizers.mesh_tokens import BINS, CanonicalMesh, canonical, quantised
 from genkit.training.task import StepContext
 
@@ -64,15 +64,18 @@ class MeshDraws:
 
     Args:
         config: the settings.
-        samples: the meshes.
+        samples: the meshes; those that cannot be learned even as they are are left out.
         fits: tells whether a quantised mesh can be learned; one that cannot is augmented anew.
 
     Raises:
-        ValueError: if a mesh does not fit even as it is.
+        ValueError: if no mesh can be learned.
     """
 
     def __init__(self, config: MeshDataConfig, samples: MeshSamples, fits: Callable[[CanonicalMesh], bool]) -> None:
         self.config, self.samples, self.fits = config, samples, fits
+        samples.keep(
+            lambda stored: self._learnable(self._quantised(stored, Augmentation()), stored), "too long, or too much lost in quantising"
+        )
 
     def items(self, batch: dict[str, Tensor], ctx: StepContext) -> list[MeshItem]:
         """Return the meshes of a batch of indices [b]."""
@@ -81,19 +84,19 @@ class MeshDraws:
         return [self.item(number, np.random.default_rng(seed)) for number, seed in zip(index, seeds, strict=True)]
 
     def item(self, number: int, rng: np.random.Generator) -> MeshItem:
-        """Return mesh `number`, augmented where that leaves enough of it."""
-        stored, bins = self.samples.meshes[number], self.config.bins
+        """Return mesh `number`, augmented where that leaves it learnable."""
+        stored, bins, count = self.samples.meshes[number], self.config.bins, self.config.num_points
         draws = [Augmentation.draw(rng) for _ in range(TRIALS)] if self.config.augment else []
-        for draw in [*draws, Augmentation()]:
-            mesh = canonical(quantised(augmented(stored.vertices, draw), bins), stored.faces)
-            if len(mesh.faces) >= SURVIVING * len(stored.faces) and len(mesh.faces) and self.fits(mesh):
-                break
-        else:
-            left = f"{len(mesh.faces)} are left at {bins} bins, or they are more tokens than the model holds"
-            raise ValueError(f"mesh {stored.name!r} of {len(stored.faces)} faces cannot be learned: {left}; lower bounds.max_faces.")
-        count = self.config.num_points
+        found = (self._quantised(stored, draw) for draw in draws)
+        mesh = next((mesh for mesh in found if self._learnable(mesh, stored)), None) or self._quantised(stored, Augmentation())
         points = condition_points(mesh.positions(bins), mesh.faces, rng.random(count), rng.random((count, 2)))
         return MeshItem(mesh, points)
+
+    def _quantised(self, stored: StoredMesh, draw: Augmentation) -> CanonicalMesh:
+        return canonical(quantised(augmented(stored.vertices, draw), self.config.bins), stored.faces)
+
+    def _learnable(self, mesh: CanonicalMesh, stored: StoredMesh) -> bool:
+        return len(mesh.faces) >= max(1, SURVIVING * len(stored.faces)) and self.fits(mesh)
 
 
 def stacked_points(items: Sequence[MeshItem], device: torch.device) -> Tensor:

@@ -41,6 +41,7 @@ class Config(MeshDataConfig):
         point_encoder: of `PointEncoder`, to learn along.
         pretrained_point_encoder: folder of one that stays as it is, instead.
         vq_model: folder of a mesh VAE whose codes are the tokens; null for coordinates.
+        max_token_ratio: most tokens of a mesh as a share of nine per face; 0.7 as published, null for any.
         model: of `MeshTransformer`; widths and numbers that the others decide follow from them.
         start: folder of a pipeline to start from; null starts anew.
         gradient_checkpointing: trade time for memory.
@@ -52,6 +53,7 @@ class Config(MeshDataConfig):
     point_encoder: dict[str, Any] = field(default_factory=dict)
     pretrained_point_encoder: str | None = None
     vq_model: str | None = None
+    max_token_ratio: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     gradient_checkpointing: bool = False
@@ -158,7 +160,8 @@ class MeshGenerationTask(Task):
         """Tell whether a mesh is no longer than the model's sequences."""
         if self.vq_model is not None:
             return 9 * len(mesh.faces) + 2 <= self.most and len(mesh.faces) <= self.vq_model.config["num_faces"]
-        return len(self.layout.encode(mesh)) + 2 <= self.most
+        tokens, ratio = len(self.layout.encode(mesh)), self.config.max_token_ratio
+        return tokens + 2 <= self.most and (ratio is None or tokens < ratio * 9 * len(mesh.faces))
 
     def dataset(self) -> MeshSamples:
         """Return the meshes."""

@@ -89,3 +89,12 @@ def test_impossible_requests_are_refused() -> None:
         turntable(trimesh.creation.box(), views=0)
     with pytest.raises(ValueError, match="finite"):
         turntable(trimesh.Trimesh([[0, 0, np.inf], [1, 0, 0], [0, 1, 0]], [[0, 1, 2]], process=False))
+
+
+def test_a_wireframe_darkens_the_edges_of_visible_faces_only() -> None:
+    plain, edges = (render(*SQUARE, np.array([[200, 200, 200]] * 2, np.uint8), **FRONT, wireframe=wire) for wire in (False, True))
+    changed = (plain != edges).any(-1)
+    assert 0.02 < changed.mean() < 0.3 and edges[changed].mean() < plain[changed].mean()
+    assert not changed[(plain == 255).all(-1)].any()
+    middle = len(edges) // 2
+    assert changed[middle, middle] or changed[middle - 1, middle - 1], "the diagonal of the square"

@@ -84,10 +84,13 @@ def test_ids_of_a_step_are_legal_sequences_and_differ_from_step_to_step(meshes: 
     assert torch.equal(one, other)
 
 
-def test_a_mesh_that_the_model_cannot_hold_is_named(meshes: str) -> None:
-    task = mesh_generation.build(settings(meshes, model={**MODEL, "max_tokens": 40}))
-    with pytest.raises(ValueError, match=r"mesh 'ball' of 80 faces cannot be learned: .*lower bounds.max_faces"):
-        list(task.step({"index": torch.tensor([[m.name for m in task.samples.meshes].index("ball")])}, context()))
+def test_meshes_that_the_model_cannot_hold_are_left_out_and_counted(meshes: str) -> None:
+    task = mesh_generation.build(settings(meshes, model={**MODEL, "max_tokens": 70}))
+    assert [mesh.name for mesh in task.samples.meshes] == ["box"]
+    assert task.samples.refused["too long, or too much lost in quantising"] == 1
+    assert [mesh.name for mesh in mesh_generation.build(settings(meshes, max_token_ratio=0.5)).samples.meshes] == ["ball"]
+    with pytest.raises(ValueError, match="none of 4 meshes can be used"):
+        mesh_generation.build(settings(meshes, model={**MODEL, "max_tokens": 40}))
 
 
 def test_the_loss_counts_what_it_should() -> None:

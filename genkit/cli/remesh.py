@@ -1,0 +1,133 @@
+"""`genkit remesh`: any shape to a clean low-poly mesh, with a preview of both."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from genkit.cli._models import check_model
+from genkit.cli._output import add_json, positive, print_json
+from genkit.cli._sampling import check_out_folder, load_pipeline, seed
+from genkit.cli.reconstruct import MESHES, VIEWS
+
+HELP = "turn a scan, a dense mesh or a point cloud into a clean low-poly mesh"
+
+POINTS = 2000  # of the comparison
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("shape", type=Path, help=f"{', '.join(MESHES)} or whatever else trimesh reads, +Y up; or points with unit normals [p, 6] as .npy")
+    add("--model", required=True, help="packaged name, folder or official file, see `genkit list`")
+    add("--out", type=Path, default=Path("lowpoly.glb"), metavar="FILE", help="mesh to write (default: %(default)s)")
+    add("--max-faces", type=positive, metavar="N", help="budget (default: the model's)")
+    add("--face-target", type=positive, metavar="N", help="faces to aim at")
+    add(
+        "--shell-depth",
+        type=int,
+        metavar="D",
+        help="sample a new closed surface around the mesh, of 2^D grid points a side; 7 as published",
+    )
+    add("--sample", action="store_true", help="draw tokens; else the most probable are taken")
+    add("--temperature", type=float, default=1.0, metavar="T", help="of the drawing (default: %(default)s)")
+    add("--top-k", type=int, default=50, metavar="K", help="draw among so many, 0 for all (default: %(default)s)")
+    add(
+        "--top-p", type=float, default=0.95, metavar="P", help="draw among the most probable that make up this share (default: %(default)s)"
+    )
+    add("--no-grammar", action="store_true", help="let illegal sequences through, as the released code does")
+    add("--preview", type=Path, metavar="FILE", help="strip of views, the shape above, a .png (default: beside the mesh)")
+    add("--seed", type=seed, default=0, metavar="N", help="of points and drawing (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default: %(default)s)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the mesh, write it and the preview, and say what became of it."""
+    check(args)
+    from genkit.eval.meshes import compare, load_mesh
+
+    original: Any = load_points(args.shape) if args.shape.suffix.lower() == ".npy" else load_mesh(args.shape)
+    began = time.perf_counter()
+    pipe: Any = load_pipeline(args)
+    if not hasattr(pipe, "point_encoder"):
+        raise ValueError(
+            f"{args.model} is a {type(pipe).__name__}, which makes no meshes of shapes; `genkit list` says what each model makes."
+        )
+    loaded = time.perf_counter()
+    output = pipe(
+        original, max_faces=args.max_faces, face_target=args.face_target, shell_depth=args.shell_depth, do_sample=args.sample,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, use_grammar=not args.no_grammar, generator=[args.seed],
+    )  # fmt: skip
+    done = time.perf_counter()
+    mesh, report = output.meshes[0], output.reports[0]
+    if not report.faces:
+        raise ValueError(f"the model wrote no face ({report.problem}); try without --no-grammar.")
+    mesh.export(args.out)
+    is_mesh = hasattr(original, "faces")
+    preview = args.preview or args.out.with_name(f"{args.out.stem}-preview.png")
+    write_preview(preview, original if is_mesh else None, mesh)
+    values = compare(original, mesh, POINTS, POINTS // 2) if is_mesh else {}
+    record = {
+        "mesh": str(args.out), "preview": str(preview), "model": args.model, "faces_before": len(original.faces) if is_mesh else None,
+        "vertices": len(mesh.vertices), "faces": report.faces, "watertight": bool(mesh.is_watertight), "tokens": report.tokens,
+        "dropped_tokens": report.dropped, "complete": report.is_complete, "problem": report.problem, "metrics": values,
+        "seconds": {"load": round(loaded - began, 3), "remesh": round(done - loaded, 3)},
+    }  # fmt: skip
+    if args.json:
+        print_json(record)
+        return 0
+    before = f"{len(original.faces):,} faces" if is_mesh else f"{len(original):,} points"
+    closed = "closed" if mesh.is_watertight else "open"
+    print(f"wrote {args.out}: {before} -> {report.faces:,} faces, {len(mesh.vertices):,} vertices, {closed}; {preview}: the shape above")
+    if not report.is_complete or report.dropped:
+        print(f"the sequence {'ended' if report.is_complete else 'did not end by itself'}, {report.dropped} tokens made no face")
+    named = {"Chamfer L1": "chamfer-l1-sum", "normal consistency": "normal-consistency", "volume IoU": "volume-iou"}
+    if values:
+        print(", ".join(f"{name} {values[key]:.3f}" for name, key in named.items() if key in values))
+    rate = f"{report.tokens} tokens in {done - loaded:.1f} s"
+    print(f"{rate}, {loaded - began:.1f} s to load {args.model} on {pipe.device}")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be known to be wrong before anything large is imported.
+
+    Raises:
+        ValueError: for formats that cannot be written, or an unknown model.
+        FileNotFoundError: for a file or folder that is not there.
+    """
+    if not args.shape.is_file():
+        raise FileNotFoundError(f"there is no shape at {str(args.shape)!r}.")
+    if args.out.suffix.lower() not in MESHES:
+        raise ValueError(f"--out must end in {', '.join(MESHES)}, got {str(args.out)!r}.")
+    if args.preview is not None and args.preview.suffix.lower() != ".png":
+        raise ValueError(f"--preview must end in .png, got {str(args.preview)!r}.")
+    check_out_folder(args.out)
+    check_model(args.model)
+
+
+def load_points(path: Path) -> Any:
+    """Return the array in a .npy file.
+
+    Raises:
+        ValueError: if it holds something else.
+    """
+    import numpy as np
+
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as an array of numbers ({error}).") from error
+
+
+def write_preview(path: Path, original: Any, mesh: Any) -> None:
+    """Write wireframe views of the mesh, those of the original above where there is one."""
+    from genkit.cli._pictures import grid, save_png
+    from genkit.data.rendering import turntable
+
+    above = turntable(original, VIEWS, 160) if original is not None else []
+    save_png(grid([*above, *turntable(mesh, VIEWS, 160, wireframe=True)], VIEWS), path, {"Software": "genkit"})
