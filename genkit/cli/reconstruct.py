@@ -7,15 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genkit.cli._models import check_model
-from genkit.cli._output import add_json, positive, print_json
-from genkit.cli._sampling import check_out_folder, load_pipeline, seed
+from genkit.cli._meshes import MESHES, POINTS, add_running, check_files, write_preview
+from genkit.cli._output import positive, print_json
+from genkit.cli._sampling import load_pipeline
 
 HELP = "reconstruct a mesh through a shape VAE"
-
-MESHES = (".glb", ".obj", ".ply", ".stl", ".off")
-VIEWS = 8  # in the preview
-POINTS = 2000  # of the comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-faces", type=positive, metavar="N", help="budget (default: as many as come)")
     add("--preview", type=Path, metavar="FILE", help="strip of views, original above, a .png (default: beside the mesh)")
     add("--no-metrics", action="store_true", help="do not compare the result with the original")
-    add("--seed", type=seed, default=0, metavar="N", help="of the surface points (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default: %(default)s)")
-    add_json(parser)
+    add_running(parser, "the surface points")
 
 
 def run(args: argparse.Namespace) -> int:
     """Reconstruct, write mesh and preview, and say how near they are."""
-    check(args)
+    check_files(args.out, args.preview, [args.model], args.mesh, "mesh")
     from genkit.eval.meshes import compare, load_mesh
 
     original = load_mesh(args.mesh)
@@ -54,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     found, field = output.meshes[0], output.fields[0]
     found.export(args.out)
     preview = args.preview or args.out.with_name(f"{args.out.stem}-preview.png")
-    write_preview(preview, original, found)
+    write_preview(preview, [original, found])
     values = {} if args.no_metrics else compare(original, found, POINTS, POINTS // 2)
     share = field.evaluations / (field.resolution + 1) ** 3
     record = {
@@ -73,29 +66,3 @@ def run(args: argparse.Namespace) -> int:
     seconds = f"{done - loaded:.1f} s to reconstruct, {loaded - began:.1f} s to load {args.model} on {pipe.device}"
     print(f"{100 * share:.1f} % of the grid's points evaluated; {seconds}")
     return 0
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong before anything large is imported.
-
-    Raises:
-        ValueError: for formats that cannot be written, or an unknown model.
-        FileNotFoundError: for a file or folder that is not there.
-    """
-    if not args.mesh.is_file():
-        raise FileNotFoundError(f"there is no mesh at {str(args.mesh)!r}.")
-    if args.out.suffix.lower() not in MESHES:
-        raise ValueError(f"--out must end in {', '.join(MESHES)}, got {str(args.out)!r}.")
-    if args.preview is not None and args.preview.suffix.lower() != ".png":
-        raise ValueError(f"--preview must end in .png, got {str(args.preview)!r}.")
-    check_out_folder(args.out)
-    check_model(args.model)
-
-
-def write_preview(path: Path, original: Any, found: Any) -> None:
-    """Write views of both meshes, the original above."""
-    from genkit.cli._pictures import grid, save_png
-    from genkit.data.rendering import turntable
-
-    pictures = [*turntable(original, VIEWS, 160), *turntable(found, VIEWS, 160)]
-    save_png(grid(pictures, VIEWS), path, {"Software": "genkit"})

@@ -7,14 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genkit.cli._models import check_model
-from genkit.cli._output import add_json, positive, print_json
-from genkit.cli._sampling import check_out_folder, load_pipeline, seed
-from genkit.cli.reconstruct import MESHES, VIEWS
+from genkit.cli._meshes import MESHES, POINTS, add_running, check_files, write_preview
+from genkit.cli._output import positive, print_json
+from genkit.cli._sampling import load_pipeline
 
 HELP = "turn a scan, a dense mesh or a point cloud into a clean low-poly mesh"
-
-POINTS = 2000  # of the comparison
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--no-grammar", action="store_true", help="let illegal sequences through, as the released code does")
     add("--preview", type=Path, metavar="FILE", help="strip of views, the shape above, a .png (default: beside the mesh)")
-    add("--seed", type=seed, default=0, metavar="N", help="of points and drawing (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default: %(default)s)")
-    add_json(parser)
+    add_running(parser, "points and drawing")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the mesh, write it and the preview, and say what became of it."""
-    check(args)
+    check_files(args.out, args.preview, [args.model], args.shape, "shape")
     from genkit.eval.meshes import compare, load_mesh
 
     original: Any = load_points(args.shape) if args.shape.suffix.lower() == ".npy" else load_mesh(args.shape)
@@ -69,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     mesh.export(args.out)
     is_mesh = hasattr(original, "faces")
     preview = args.preview or args.out.with_name(f"{args.out.stem}-preview.png")
-    write_preview(preview, original if is_mesh else None, mesh)
+    write_preview(preview, [original, mesh] if is_mesh else [mesh], wireframe=True)
     values = compare(original, mesh, POINTS, POINTS // 2) if is_mesh else {}
     record = {
         "mesh": str(args.out), "preview": str(preview), "model": args.model, "faces_before": len(original.faces) if is_mesh else None,
@@ -93,23 +87,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse what can be known to be wrong before anything large is imported.
-
-    Raises:
-        ValueError: for formats that cannot be written, or an unknown model.
-        FileNotFoundError: for a file or folder that is not there.
-    """
-    if not args.shape.is_file():
-        raise FileNotFoundError(f"there is no shape at {str(args.shape)!r}.")
-    if args.out.suffix.lower() not in MESHES:
-        raise ValueError(f"--out must end in {', '.join(MESHES)}, got {str(args.out)!r}.")
-    if args.preview is not None and args.preview.suffix.lower() != ".png":
-        raise ValueError(f"--preview must end in .png, got {str(args.preview)!r}.")
-    check_out_folder(args.out)
-    check_model(args.model)
-
-
 def load_points(path: Path) -> Any:
     """Return the array in a .npy file.
 
@@ -122,12 +99,3 @@ def load_points(path: Path) -> Any:
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as an array of numbers ({error}).") from error
-
-
-def write_preview(path: Path, original: Any, mesh: Any) -> None:
-    """Write wireframe views of the mesh, those of the original above where there is one."""
-    from genkit.cli._pictures import grid, save_png
-    from genkit.data.rendering import turntable
-
-    above = turntable(original, VIEWS, 160) if original is not None else []
-    save_png(grid([*above, *turntable(mesh, VIEWS, 160, wireframe=True)], VIEWS), path, {"Software": "genkit"})

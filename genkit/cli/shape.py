@@ -7,16 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genkit.cli._models import check_model
+from genkit.cli._meshes import check_files, write_preview
 from genkit.cli._output import add_json, positive, print_json
-from genkit.cli._pictures import grid, save_png
-from genkit.cli._sampling import add_sampling, check_out_folder, choose_seeds, load_pipeline, sampling_options
-from genkit.cli.reconstruct import MESHES
+from genkit.cli._sampling import add_sampling, choose_seeds, load_pipeline, sampling_options
 
 HELP = "make a mesh from a picture, from views or from text"
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-VIEWS = 8  # in the preview
 SIDES = ("front", "left", "back", "right")
 
 
@@ -79,16 +76,11 @@ def check(args: argparse.Namespace) -> list[Any]:
         ValueError: for an empty prompt, formats that cannot be written, or views whose number is not that of the pictures.
         FileNotFoundError: for a picture or folder that is not there.
     """
-    if args.out.suffix.lower() not in MESHES:
-        raise ValueError(f"--out must end in {', '.join(MESHES)}, got {str(args.out)!r}.")
-    if args.preview is not None and args.preview.suffix.lower() != ".png":
-        raise ValueError(f"--preview must end in .png, got {str(args.preview)!r}.")
-    check_out_folder(args.out)
+    check_files(args.out, args.preview, [args.model])
     if args.views and len(args.views) != len(args.prompt):
         raise ValueError(
             f"--views names {len(args.views)} sides ({', '.join(args.views)}) for {len(args.prompt)} pictures; give one per picture."
         )
-    check_model(args.model)
     return [read_prompt(text, args.views is not None) for text in args.prompt]
 
 
@@ -117,10 +109,6 @@ def read_prompt(text: str, is_view: bool) -> Any:
 
 def write(paths: list[Path], preview: Path, meshes: list[Any]) -> None:
     """Write meshes and their turntables, a row each."""
-    from genkit.data.rendering import turntable
-
-    pictures = []
     for path, mesh in zip(paths, meshes, strict=True):
         mesh.export(path)
-        pictures += turntable(mesh, VIEWS, 160)
-    save_png(grid(pictures, VIEWS), preview, {"Software": "genkit"})
+    write_preview(preview, meshes)

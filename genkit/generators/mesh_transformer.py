@@ -26,6 +26,7 @@ from genkit.blocks import stack
 from genkit.blocks.branch import Block
 from genkit.blocks.caps import Cache, Caps
 from genkit.blocks.fast_linear import with_fast_linear
+from genkit.blocks.init import normal_init
 from genkit.checks import check_shape, choose
 from genkit.tokenizers.mesh_tokens import LAYOUTS, SPECIALS, FaceTokens, TokenLayout
 from genkit.tokenizers.point_encoder import PointFeatures
@@ -129,11 +130,7 @@ class MeshTransformer(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw matrices and tables from N(0, 0.02^2), biases 0, as OPT does; the codebook from N(0, 1/c)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        normal_init(self)
         if self.codebook is not None:
             nn.init.normal_(self.codebook, std=self.codebook.shape[1] ** -0.5)
 

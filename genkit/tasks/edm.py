@@ -28,7 +28,7 @@ from genkit.generators.edm import EDMUNet2DModel
 from genkit.generators.preconditioning import EDMPreconditioner
 from genkit.tasks._conditions import ConditionTable
 from genkit.tasks._prompts import captions_of, load_text, prompts_of, rows_of_views
-from genkit.training.optimizers import kernels, muon_with_adamw
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 if TYPE_CHECKING:
@@ -168,12 +168,9 @@ class EDMTask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all parameters."""
-        c = self.config
-        if c.optimizer == "muon":
-            blocks, rest = kernels(self.modules["unet"], ("unet.enc.", "unet.dec."))
-            return {"main": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
+        c, inner = self.config, ("unet.enc.", "unet.dec.")
         settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
-        return {"main": torch.optim.AdamW(self.modules["unet"].parameters(), **settings)}
+        return {"main": adamw_or_muon(self.modules["unet"], c.optimizer, inner, **settings)}
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss on pictures [b, 3, h, w]."""

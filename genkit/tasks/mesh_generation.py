@@ -29,7 +29,7 @@ from genkit.tasks._mesh_data import MeshDataConfig, MeshDraws, MeshItem, stacked
 from genkit.tokenizers.mesh_tokens import BOS, EOS, PAD, SPECIALS, CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
-from genkit.training.optimizers import kernels, muon_with_adamw
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 
@@ -169,12 +169,9 @@ class MeshGenerationTask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all trained parameters."""
-        c, module = self.config, self.modules["model"]
-        if c.optimizer == "muon":
-            inner = ("transformer.blocks.", "point_encoder.cross.", "point_encoder.blocks.", "point_encoder.decoder_blocks.")
-            blocks, rest = kernels(module, inner)
-            return {"main": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
-        return {"main": torch.optim.AdamW(module.parameters(), lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
+        c, inner = self.config, ("transformer.blocks.", "point_encoder.cross.", "point_encoder.blocks.", "point_encoder.decoder_blocks.")
+        settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "weight_decay": c.weight_decay}
+        return {"main": adamw_or_muon(self.modules["model"], c.optimizer, inner, **settings)}
 
     def ids(self, items: list[MeshItem], device: torch.device) -> Tensor:
         """Return the ids [b, t] of meshes: bos, tokens, eos, pad."""

@@ -27,7 +27,7 @@ from genkit.tokenizers.mesh_tokens import CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
 from genkit.tokenizers.quantizers.residual import ResidualVQ
-from genkit.training.optimizers import kernels, muon_with_adamw
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 
@@ -138,13 +138,9 @@ class MeshVAETask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all trained parameters."""
-        c, module = self.config, self.modules["model"]
-        if c.optimizer == "muon":
-            inner = ("model.blocks.", "model.encoder.blocks.", "point_encoder.cross.", "point_encoder.blocks.")
-            blocks, rest = kernels(module, inner)
-            return {"main": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
-        trained = [p for p in module.parameters() if p.requires_grad]
-        return {"main": torch.optim.AdamW(trained, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
+        c, inner = self.config, ("model.blocks.", "model.encoder.blocks.", "point_encoder.cross.", "point_encoder.blocks.")
+        settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "weight_decay": c.weight_decay}
+        return {"main": adamw_or_muon(self.modules["model"], c.optimizer, inner, **settings)}
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss."""

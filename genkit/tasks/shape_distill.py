@@ -33,7 +33,7 @@ from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.shape import ShapePipeline
 from genkit.schedulers.flow_matching import FlowMatchingScheduler, interpolate
 from genkit.tasks._shape_data import ConditionPictures, ShapeData, ShapeDataConfig, sample_slices
-from genkit.training.optimizers import kernels, muon_with_adamw
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 BLOCKS = ("blocks.", "single_blocks.")
@@ -166,13 +166,7 @@ class ShapeDistillTask(Task):
         """Return one optimizer of the student and, in the adversarial stage, one of the heads."""
         c, student = self.config, self.modules["student"]
         settings: dict[str, Any] = {"betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
-        if c.optimizer == "muon":
-            blocks, rest = kernels(student, BLOCKS)
-            found: dict[str, torch.optim.Optimizer] = {
-                "student": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)
-            }
-        else:
-            found = {"student": torch.optim.AdamW(student.parameters(), lr=c.lr, **settings)}
+        found = {"student": adamw_or_muon(student, c.optimizer, BLOCKS, lr=c.lr, **settings)}
         if "heads" in self.modules:
             rate = c.lr if c.critic_lr is None else c.critic_lr
             found["heads"] = torch.optim.AdamW(self.modules["heads"].parameters(), lr=rate, **settings)

@@ -31,7 +31,7 @@ from genkit.schedulers.flow_matching import FlowMatchingScheduler, interpolate, 
 from genkit.tasks._prompts import load_text
 from genkit.tasks._shape_data import ConditionPictures, ShapeData, ShapeDataConfig, open_vae, sample_slices
 from genkit.tokenizers.shape_vae import ShapeVAE
-from genkit.training.optimizers import kernels, muon_with_adamw
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 
@@ -177,13 +177,9 @@ class ShapeFlowTask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all trained parameters."""
-        c, module = self.config, self.modules["model"]
-        if c.optimizer == "muon":
-            inner = ("transformer.blocks.", "transformer.single_blocks.", "image_encoder.encoder.")
-            blocks, rest = kernels(module, inner)
-            return {"main": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
+        c, inner = self.config, ("transformer.blocks.", "transformer.single_blocks.", "image_encoder.encoder.")
         settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "eps": c.eps, "weight_decay": c.weight_decay}
-        return {"main": torch.optim.AdamW(module.parameters(), **settings)}
+        return {"main": adamw_or_muon(self.modules["model"], c.optimizer, inner, **settings)}
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss."""

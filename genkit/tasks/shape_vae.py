@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genkit.data.shape_samples import ShapeSamples
 from genkit.tokenizers.shape_vae import ShapeVAE, VecsetPosterior
-from genkit.training.optimizers import kernels, muon_with_adamw
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 BLOCKS = ("blocks.", "encoder.cross.", "encoder.blocks.", "head.block.")
@@ -107,12 +107,9 @@ class ShapeVAETask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all trained parameters."""
-        c, module = self.config, self.modules["vae"]
-        if c.optimizer == "muon":
-            blocks, rest = kernels(module, tuple(f"model.{name}" for name in BLOCKS))
-            return {"main": muon_with_adamw(blocks, rest, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
-        trained = [p for p in module.parameters() if p.requires_grad]
-        return {"main": torch.optim.AdamW(trained, lr=c.lr, betas=c.betas, weight_decay=c.weight_decay)}
+        c, inner = self.config, tuple(f"model.{name}" for name in BLOCKS)
+        settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "weight_decay": c.weight_decay}
+        return {"main": adamw_or_muon(self.modules["vae"], c.optimizer, inner, **settings)}
 
     def draw(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
         """Return surface rows and points of a step: of each kind some, drawn anew."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from genkit.blocks import stack
 from genkit.blocks.fast_linear import with_fast_linear
+from genkit.blocks.init import normal_init
 from genkit.blocks.norms import build_norm
 from genkit.checks import check_shape
 from genkit.tokenizers.point_encoder import PointFeatures
@@ -136,11 +137,7 @@ class MeshVQModel(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Draw matrices and tables from N(0, 0.02^2), biases 0; the quantizer draws its own."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        normal_init(self)
 
     @with_fast_linear
     def encode(self, steps: Tensor, gumbel: Tensor | None = None, temperature: float = 1.0) -> QuantizerOutput:

@@ -107,6 +107,31 @@ def muon_with_adamw(
     return CombinedOptimizer(muon, torch.optim.AdamW(list(others), lr=lr, betas=betas, weight_decay=weight_decay))
 
 
+def adamw_or_muon(
+    module: nn.Module,
+    kind: str,
+    where: tuple[str, ...],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """Return one optimizer over a module's trained parameters.
+
+    Args:
+        module: the model.
+        kind: "adamw", or "muon": Muon for matrices and kernels, AdamW for the rest.
+        where: prefixes of the names that Muon takes.
+        lr, betas, weight_decay: of the optimizer.
+        eps: of AdamW alone.
+    """
+    if kind == "muon":
+        return muon_with_adamw(*kernels(module, where), lr=lr, betas=betas, weight_decay=weight_decay)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
 def kernels(module: nn.Module, where: tuple[str, ...]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Split a convolutional model's trained parameters into matrices and kernels below some submodules, and the rest.
 

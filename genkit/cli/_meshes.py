@@ -1,0 +1,60 @@
+"""What the commands that read and write meshes share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from genkit.cli._models import check_model
+from genkit.cli._output import add_json
+from genkit.cli._sampling import check_out_folder, seed
+
+MESHES = (".glb", ".obj", ".ply", ".stl", ".off")
+VIEWS, VIEW_SIZE = 8, 160  # of a preview
+POINTS = 2000  # of the comparison of two meshes
+
+
+def add_running(parser: argparse.ArgumentParser, seed_of: str) -> None:
+    """Add the options of how to run."""
+    add = parser.add_argument
+    add("--seed", type=seed, default=0, metavar="N", help=f"of {seed_of} (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision (default: %(default)s)")
+    add_json(parser)
+
+
+def check_files(out: Path, preview: Path | None, models: list[str], source: Path | None = None, what: str = "mesh") -> None:
+    """Refuse what can be known to be wrong before anything large is imported.
+
+    Args:
+        out: mesh to write.
+        preview: picture to write, if named.
+        models: as a person names them.
+        source: file to read.
+        what: it should hold.
+
+    Raises:
+        ValueError: for formats that cannot be written, or an unknown model.
+        FileNotFoundError: for a file or folder that is not there.
+    """
+    if source is not None and not source.is_file():
+        raise FileNotFoundError(f"there is no {what} at {str(source)!r}.")
+    if out.suffix.lower() not in MESHES:
+        raise ValueError(f"--out must end in {', '.join(MESHES)}, got {str(out)!r}.")
+    if preview is not None and preview.suffix.lower() != ".png":
+        raise ValueError(f"--preview must end in .png, got {str(preview)!r}.")
+    check_out_folder(out)
+    for model in models:
+        check_model(model)
+
+
+def write_preview(path: Path, meshes: list[Any], wireframe: bool = False) -> None:
+    """Write views of meshes, a row each; of the last one with its edges if asked."""
+    from genkit.cli._pictures import grid, save_png
+    from genkit.data.rendering import turntable
+
+    pictures = []
+    for i, mesh in enumerate(meshes):
+        pictures += turntable(mesh, VIEWS, VIEW_SIZE, wireframe=wireframe and i == len(meshes) - 1)
+    save_png(grid(pictures, VIEWS), path, {"Software": "genkit"})
