@@ -32,7 +32,7 @@ _LAYER, _ATTENTION, _MLP = "decoder.layer.{i}", "blocks.{i}.branches.0", "blocks
 TABLE = KeyTable(
     "mesh_vq",
     [
-        Row(CODEBOOK, "quantizer.embedding"),
+        Row(CODEBOOK, "quantizer.layers.0.embedding.weight", lambda table: table[0], lambda table: table[None]),
         Row("pos_embedding.weight", "position_embed.weight"),
         Row("layernorm.{p}", "face_norm.{p}"),
         Row("point_layernorm.{p}", "point_norm.{p}"),

@@ -46,6 +46,24 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
     return F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()
 
 
+def least_square_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Return mean logit^2."""
+    return fake_logits.float().square().mean()
+
+
+def least_square_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return mean (1 - real)^2 + mean (1 + fake)^2."""
+    return (1 - real_logits.float()).square().mean() + (1 + fake_logits.float()).square().mean()
+
+
+GAN_FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "vanilla": (generator_loss, discriminator_loss),
+    "hinge": (hinge_generator_loss, hinge_discriminator_loss),
+    "least_square": (least_square_generator_loss, least_square_discriminator_loss),
+}
+"""The generator's and the discriminator's loss by name; image tokenizers take half of the second."""
+
+
 def density_ratio(fake_logits: Tensor) -> Tensor:
     """Return exp of the mean logit of every generated sample [b], the logit kept in [-10, 10]."""
     return fake_logits.detach().float().flatten(1).mean(1).clamp(-10, 10).exp()

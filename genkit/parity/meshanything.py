@@ -33,7 +33,8 @@ from genkit.tokenizers.mesh_tokens import (
 )  # fmt: skip
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder, PointFeatures
-from genkit.tokenizers.quantizers.residual import ResidualVQ
+from genkit.tokenizers.quantizers.residual import ResidualQuantizer
+from genkit.tokenizers.quantizers.vq import VectorQuantizer
 from genkit.training.config import whole_cosine
 from genkit.weights import read_safetensors
 
@@ -303,18 +304,19 @@ def _formula(key: str, r: Tensor) -> Tensor:
 def rvq(case: Case) -> dict[str, Tensor]:
     """Kind meshanything/rvq: residual quantization with nearest and with drawn codes, gradients."""
     config, inputs = case.config, case.inputs
-    quantizer = ResidualVQ(
-        config["codebook_size"], config["dim"], num_levels=config["num_quantizers"], is_shared=config["shared_codebook"], beta=1.0
-    ).to(case.device)  # fmt: skip
-    table = case.weights()["codebook"]
-    quantizer.embedding.data = (table if table.ndim == 3 else table.expand_as(quantizer.embedding)).clone().to(case.device)
+    table = case.weights()["codebook"].to(case.device)
+    tables = table[None] if table.ndim == 2 else table
+    options = {"num_levels": config["num_quantizers"], "is_shared": config["shared_codebook"]}
+    quantizer = ResidualQuantizer(lambda: VectorQuantizer(config["codebook_size"], config["dim"], beta=1.0), **options).to(case.device)
+    for layer, codes in zip(quantizer.layers, tables, strict=True):
+        cast(VectorQuantizer, layer).set_codes(codes)
     x = inputs["x"].clone().requires_grad_(True)
     with torch.no_grad():
         plain = quantizer(x)
     results = {"indices": plain.indices, "quantized": plain.quantized}
     residual = x.detach()
     for level in range(config["num_quantizers"]):
-        residual = residual - F.embedding(plain.indices[..., level], quantizer.table(level))
+        residual = residual - F.embedding(plain.indices[..., level], quantizer.level(level).codebook())
         results[f"residual{level}"] = residual
     noisy = quantizer(x, inputs["gumbel"], config["temperature"])
     commitments = torch.stack([noisy.terms[f"commitment_{i}"] for i in range(config["num_quantizers"])])

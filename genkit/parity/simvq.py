@@ -12,7 +12,8 @@ from torch import Tensor
 
 from genkit.convert import simvq
 from genkit.parity.base import Case
-from genkit.tokenizers.quantizers import SimVQ
+from genkit.tokenizers.quantizers import FSQ, LFQ, EMAVectorQuantizer, ResidualQuantizer, SimVQ
+from genkit.tokenizers.quantizers.gradient import rotation_trick
 from genkit.tokenizers.quantizers.search import half_norms
 from genkit.tokenizers.quantizers.stats import CodebookStats
 
@@ -93,3 +94,96 @@ def _gap(latents: Tensor, codes: Tensor) -> Tensor:
         distance = (z[:, None].double() - codes[candidates].double()).square().sum(-1).sort(dim=1).values
         gaps.append(distance[:, 1] - distance[:, 0])
     return torch.cat(gaps).float()
+
+
+# ---- the second public implementation, and other quantizers ----
+
+COMMITMENT_WEIGHTS = {"frozen_dim": (0.7, 0.5)}  # of the whole loss, and of its input side, where they are not 1 and 0.25
+
+
+def _alternative(state: dict[str, Tensor], gradient: str, beta: float) -> SimVQ:
+    """Build the second implementation's SimVQ: a frozen codebook and a transform without bias, or two layers."""
+    names = {"code_transform.": "embedding_proj.", "frozen_codebook": "embedding.weight"}
+    ours = {}
+    for key, value in state.items():
+        official = next(name for name in names if key.startswith(name))
+        ours[names[official] + key.removeprefix(official)] = value
+    table = ours["embedding.weight"]
+    hidden = ours["embedding_proj.0.weight"].shape[0] if "embedding_proj.0.weight" in ours else None
+    dim = ours["embedding_proj.2.weight" if hidden else "embedding_proj.weight"].shape[0]
+    has_bias = any(key.endswith("bias") for key in ours)
+    model = SimVQ(len(table), dim, frozen_dim=table.shape[1], bias=has_bias, hidden=hidden, gradient=gradient, beta=beta)
+    model.load_state_dict(ours)
+    return model.train()
+
+
+def quantizer_alt(case: Case) -> dict[str, Tensor]:
+    """Kind simvq/quantizer_alt: SimVQ without bias, with other frozen widths, with two layers, residual; the rotation trick."""
+    state, inputs = case.weights(), case.inputs
+    results: dict[str, Tensor] = {}
+    for name in sorted({key.split(".")[0] for key in state}):
+        own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        gradient = "straight_through" if name in ("ste", "residual") else "rotation"
+        weight, beta = COMMITMENT_WEIGHTS.get(name, (1.0, 0.25))
+        x, grad_out = inputs["x"].clone().requires_grad_(True), inputs["grad_out"]
+        if any(key.startswith("layers.") for key in own):
+            parts = [
+                {key.removeprefix(f"layers.{i}."): v for key, v in own.items() if key.startswith(f"layers.{i}.")}
+                for i in range(case.config["num_quantizers"])
+            ]
+            levels = [_alternative(part, gradient, beta) for part in parts]
+            remaining = iter(levels)
+            model: Any = ResidualQuantizer(remaining.__next__, num_levels=len(levels), is_shared=False).train()
+            out = model(x)
+            losses = [beta * out.terms[f"commitment_{i}"] + out.terms[f"codebook_{i}"] for i in range(len(levels))]
+            loss = torch.stack(losses)
+            modules = {f"layers.{i}.": level for i, level in enumerate(levels)}
+        else:
+            model = _alternative(own, gradient, beta)
+            out = model(x)
+            loss, modules = weight * out.loss, {"": model}
+        ((out.quantized * grad_out).sum() + loss.sum()).backward()
+        found = {"zq": out.quantized.detach(), "codes": out.indices, "loss": loss.detach(), "grad_x": x.grad}
+        if name.endswith("_cf"):  # channel first, a trailing axis
+            found |= {key: found[key].transpose(1, 2)[..., None] for key in ("zq", "grad_x")} | {"codes": found["codes"][..., None]}
+        for prefix, module in modules.items():
+            for key, parameter in module.embedding_proj.named_parameters():
+                found[f"grad.{prefix}code_transform.{key}"] = parameter.grad
+        results |= {f"{name}.{key}": value for key, value in found.items()}
+    e = inputs["rot.e"].clone().requires_grad_(True)
+    turned = rotation_trick(e, inputs["rot.q"])
+    (turned * inputs["rot.grad_out"]).sum().backward()
+    assert e.grad is not None
+    return results | {"rot.out": turned.detach(), "rot.grad_e": e.grad}
+
+
+def quantizer_family(case: Case) -> dict[str, Tensor]:
+    """Kind simvq/quantizer_family: finite scalar and lookup-free quantization, codes that follow their latents."""
+    config, inputs = case.config, case.inputs
+    fsq, z = FSQ(config["levels"]), inputs["fsq_z"].clone().requires_grad_(True)
+    out = fsq(z)
+    (out.quantized * inputs["fsq_grad_out"]).sum().backward()
+    results = {"fsq.codes": out.quantized, "fsq.indices": out.indices.int(), "fsq.grad_z": z.grad}
+    results |= {"fsq.roundtrip": fsq.lookup(out.indices), "fsq.implicit_codebook_first64": fsq.lookup(torch.arange(64))}
+    lfq, x = LFQ(config["lfq_bits"], inverse_temperature=10.0).train(), inputs["lfq_x"].clone().requires_grad_(True)
+    signs = lfq(x)
+    ((signs.quantized * inputs["lfq_grad_out"]).sum() + signs.loss).backward()
+    terms = {"per_sample_entropy": "entropy", "batch_entropy": "diversity", "commitment": "commitment"}
+    results |= {f"lfq.{name}": signs.terms[own] for name, own in terms.items()}
+    results |= {"lfq.codes": signs.quantized, "lfq.indices": signs.indices, "lfq.aux_loss": signs.loss, "lfq.grad_x": x.grad}
+    return {name: value.detach() for name, value in (results | _running_means(case)).items() if value is not None}
+
+
+def _running_means(case: Case) -> dict[str, Any]:
+    """Return one training step of the codes that follow their latents."""
+    config, state = case.config, case.weights()
+    model = EMAVectorQuantizer(config["K"], config["dim"], decay=config["ema_decay"]).train()
+    model.embedding.copy_(state["embed"])
+    model.counts.copy_(state["cluster_size"])
+    model.sums.copy_(state["embed"] * state["cluster_size"][:, None])
+    x = case.inputs["ema_x"].clone().requires_grad_(True)
+    out = model(x)
+    (out.quantized.square().sum() + out.loss).backward()
+    found = {"quantized": out.quantized, "indices": out.indices, "commit": out.loss, "grad_x": x.grad}
+    found |= {"after.embed": model.embedding, "after.cluster_size": model.counts, "after.embed_avg": model.sums}
+    return {f"ema.{name}": value for name, value in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.embeddings import sincos_2d
 from genkit.convert import vit_vqgan
+from genkit.distill.adversarial import GAN_FORMS
 from genkit.parity.base import Case
+from genkit.tokenizers.quantizers import build_quantizer
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 
 
@@ -130,3 +132,33 @@ def _formula_picture(size: tuple[int, int]) -> Tensor:
 
     low = draw("x_low", (1, 3, size[0] // 8, size[1] // 8)).repeat(8, axis=2).repeat(8, axis=3)
     return torch.from_numpy(0.7 * low + 0.3 * draw("x", (1, 3, *size)))
+
+
+def quantizers(case: Case) -> dict[str, Tensor]:
+    """Kind vit_vqgan/quantizers: plain, normalised, residual and Gumbel codes with gradients; the forms of adversarial losses."""
+    config, inputs = case.config, case.inputs
+    sizes = {"codebook_size": config["n_embed"], "dim": config["embed_dim"], "beta": config["beta"]}
+    residual = {"num_levels": config["num_quantizers"], "path": "vit_vqgan"}
+    gumbel = {"name": "gumbel", "codebook_size": config["n_embed"], "dim": config["embed_dim"], "temperature": config["temp"]}
+    variants: dict[str, dict[str, Any]] = {
+        "vq_norm": {"name": "l2_vq", **sizes},
+        "vq_nonorm": {"name": "vq", **sizes},
+        "vq_residual": {"name": "l2_vq", **sizes, **residual},
+        "vq_residual_nonorm": {"name": "vq", **sizes, **residual},
+        "gumbel_train": gumbel,
+        "gumbel_eval": gumbel,
+    }
+    results: dict[str, Tensor] = {}
+    for name, options in variants.items():
+        model: Any = build_quantizer(options).train(name != "gumbel_eval")
+        table = (model.layers[0] if "num_levels" in options else model).embedding
+        table.weight.data.copy_(case.weights()["embedding.weight"])
+        z = inputs["z"].clone().requires_grad_(True)
+        out = model(z, inputs["gumbel_noise"]) if name.startswith("gumbel") else model(z)
+        ((out.quantized * inputs["grad_out"]).sum() + out.loss).backward()
+        found = {"zq": out.quantized, "loss": out.loss, "codes": out.indices, "grad_z": z.grad, "grad_codebook": table.weight.grad}
+        results |= {f"{name}.{key}": value for key, value in found.items() if value is not None}
+    real, fake = inputs["logits_real"], inputs["logits_fake"]
+    for name, (generator, discriminator) in GAN_FORMS.items():
+        results |= {f"gan.{name}.g": generator(fake), f"gan.{name}.d": 0.5 * discriminator(real, fake)}
+    return results

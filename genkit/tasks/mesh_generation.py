@@ -139,7 +139,7 @@ class MeshGenerationTask(Task):
                 sizes |= {"layout": "faces", "num_codes": codes[0], "code_dim": codes[1], "bins": vq_model.config["bins"]}
             transformer = MeshTransformer(**{**config.model, **sizes})
         if vq_model is not None:
-            transformer.codebook.data.copy_(vq_model.quantizer.embedding.data[0])
+            transformer.codebook.data.copy_(vq_model.table.data)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         self.most = transformer.config["max_tokens"]

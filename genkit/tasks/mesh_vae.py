@@ -26,7 +26,6 @@ from genkit.tasks._mesh_data import MeshDataConfig, MeshDraws, MeshItem, stacked
 from genkit.tokenizers.mesh_tokens import CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
-from genkit.tokenizers.quantizers.residual import ResidualVQ
 from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
@@ -162,7 +161,7 @@ class MeshVAETask(Task):
         """Draw noise [3, b, 3 f, codes] where the settings want some."""
         if not self.config.noise:
             return None
-        quantizer = cast(ResidualVQ, cast(Any, self.raw("model")).model.quantizer)
+        quantizer = cast(MeshReconstruction, self.raw("model")).model.quantizer
         b, f = steps.shape[:2]
         uniform = ctx.rand("gumbel", b, quantizer.num_levels, 3 * f, quantizer.codebook_size).transpose(0, 1)
         return -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))

@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from genkit.checks import choose
 from genkit.data.images import open_dataset
 from genkit.eval.features import FeatureNetwork
 from genkit.tasks.losses import perceptual_distance
+from genkit.tokenizers.quantizers import QUANTIZERS
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.task import Phase, StepContext, Task
 
@@ -42,13 +44,27 @@ class TowerConfig:
 
 @dataclass
 class QuantizerConfig:
-    """The quantizer by name ("simvq", "l2_vq", "vq") and its sizes; see `genkit.tokenizers.quantizers`."""
+    """The quantizer by name ("simvq", "l2_vq", "vq", "ema_vq", "fsq", ...) and its sizes, as far as it has them; `options` are its others.
+
+    See `genkit.tokenizers.quantizers.build_quantizer`.
+    """
 
     name: str = "simvq"
     codebook_size: int = 1024
     dim: int = 32
     beta: float = 0.25
     gradient: str = "straight_through"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the config of `build_quantizer`.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        entry = QUANTIZERS[choose(self.name, QUANTIZERS, "quantizer")]
+        common = {key: getattr(self, key) for key in ("codebook_size", "dim", "beta", "gradient") if key in (*entry.needs, *entry.takes)}
+        return {"name": self.name, **common, **self.options}
 
 
 @dataclass
@@ -113,7 +129,7 @@ class ViTVQTask(Task):
                 patch_size=config.patch_size,
                 encoder_config=asdict(config.encoder),
                 decoder_config=asdict(config.decoder),
-                quantizer_config=asdict(config.quantizer),
+                quantizer_config=config.quantizer.settings(),
                 stem=config.stem,
                 sample_size=config.image_size,
             )

@@ -29,7 +29,8 @@ from genkit.blocks.norms import build_norm
 from genkit.checks import check_shape
 from genkit.tokenizers.point_encoder import PointFeatures
 from genkit.tokenizers.quantizers.output import QuantizerOutput
-from genkit.tokenizers.quantizers.residual import ResidualVQ
+from genkit.tokenizers.quantizers.residual import ResidualQuantizer
+from genkit.tokenizers.quantizers.vq import VectorQuantizer
 
 SIZES: dict[str, dict[str, Any]] = {"meshanything_v1": {}}
 CORNERS, COORDINATES, LEVELS = 3, 9, 3
@@ -112,7 +113,7 @@ class MeshVQModel(ModelMixin, ConfigMixin):
                 f"MeshVQModel: heads must divide width and num_positions hold num_faces, got heads={heads}, width={width}, "
                 f"num_positions={places}, num_faces={num_faces}."
             )
-        self.quantizer = ResidualVQ(codebook_size, codebook_dim, num_levels=LEVELS, beta=1.0)
+        self.quantizer = ResidualQuantizer(lambda: VectorQuantizer(codebook_size, codebook_dim, beta=1.0), num_levels=LEVELS)
         self.face_proj = nn.Linear(CORNERS * codebook_dim, width)
         self.position_embed = nn.Embedding(places, width)
         self.face_norm, self.point_norm = build_norm("ln", width), build_norm("ln", width)
@@ -136,8 +137,14 @@ class MeshVQModel(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw matrices and tables from N(0, 0.02^2), biases 0; the quantizer draws its own."""
+        """Draw matrices and tables from N(0, 0.02^2), biases 0, codes from N(0, 1/c)."""
         normal_init(self)
+        nn.init.normal_(self.table, std=self.quantizer.dim**-0.5)
+
+    @property
+    def table(self) -> Tensor:
+        """The codes [codes, c] of all levels."""
+        return cast(VectorQuantizer, self.quantizer.level(0)).embedding.weight
 
     @with_fast_linear
     def encode(self, steps: Tensor, gumbel: Tensor | None = None, temperature: float = 1.0) -> QuantizerOutput:
@@ -145,7 +152,7 @@ class MeshVQModel(ModelMixin, ConfigMixin):
 
         Args:
             steps: [b, f, 3, 3] int64 coordinates; -1 in faces that are not there.
-            gumbel: noise [3, b, 3 f, codes], see `ResidualVQ`.
+            gumbel: noise [3, b, 3 f, codes], see `ResidualQuantizer`.
             temperature: likewise.
 
         Returns:

@@ -33,7 +33,7 @@ from genkit.blocks import stack
 from genkit.blocks.embeddings import sincos_2d
 from genkit.blocks.fast_linear import with_fast_linear
 from genkit.checks import check_shape, choose
-from genkit.tokenizers.quantizers import build_quantizer
+from genkit.tokenizers.quantizers import ResidualQuantizer, build_quantizer
 
 _TOWER = {"heads": 8, "mlp_dim": 2048, "dim_head": 64, "act": "tanh"}
 SIZES: dict[str, dict[str, Any]] = {
@@ -241,6 +241,8 @@ class ViTVQModel(ModelMixin, ConfigMixin):
             _check_tower(name, tower)
         self.encoder = ViTEncoder(in_channels, self.patch, stem, encoder_config)
         self.quantizer = build_quantizer(quantizer_config)
+        if isinstance(self.quantizer, ResidualQuantizer):
+            raise ValueError("ViTVQModel: one code per token; num_levels would give several. Leave it out of quantizer_config.")
         self.pre_quant = nn.Linear(encoder_config["dim"], self.quantizer.dim)
         self.post_quant = nn.Linear(self.quantizer.dim, decoder_config["dim"])
         self.decoder = ViTDecoder(in_channels, self.patch, stem, decoder_config)

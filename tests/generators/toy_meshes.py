@@ -58,7 +58,7 @@ def official_mesh_pipeline(codes: bool) -> MeshAnythingPipeline:
 
 def _joined(transformer: MeshTransformer, encoder: PointEncoder, decoder: MeshVQModel | None) -> MeshAnythingPipeline:
     if decoder is not None and transformer.codebook is not None:
-        decoder.quantizer.embedding.data.copy_(transformer.codebook.data[None])
+        decoder.table.data.copy_(transformer.codebook.data)
     pipe = MeshAnythingPipeline(transformer, encoder, decoder, num_points=50)
     pipe.set_progress_bar_config(disable=True)
     return pipe

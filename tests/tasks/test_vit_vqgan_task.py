@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from genkit.tasks import vit_vqgan
 from genkit.tasks.losses import perceptual_distance
-from genkit.tokenizers.quantizers import SimVQ
+from genkit.tasks.vit_vqgan import QuantizerConfig
+from genkit.tokenizers.quantizers import SimVQ, build_quantizer
 from genkit.tokenizers.quantizers.stats import CodebookStats
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.config import TrainConfig
@@ -106,3 +107,12 @@ def test_perceptual_distance_is_zero_on_equals_and_blind_to_scale() -> None:
     zero = torch.zeros(1, 3, 2, 2, requires_grad=True)
     perceptual_distance([zero], [torch.ones(1, 3, 2, 2)]).backward()
     assert zero.grad is not None and zero.grad.isfinite().all()
+
+
+def test_any_quantizer_is_named_with_its_own_options() -> None:
+    fsq = QuantizerConfig("fsq", options={"levels": [5, 5]}).settings()
+    assert fsq == {"name": "fsq", "levels": [5, 5]}
+    moving = QuantizerConfig("ema_vq", 64, 8, options={"revive_below": 1.0}).settings()
+    assert build_quantizer(moving).codebook_size == 64
+    with pytest.raises(ValueError, match="Did you mean 'simvq'"):
+        QuantizerConfig("simvk").settings()

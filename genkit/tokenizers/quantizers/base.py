@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ class VectorQuantizerBase(nn.Module):
 
     Loss: beta * mean (sg q - z)^2 + mean (q - sg z)^2, means over all elements.
 
-    A subclass says which codes there are: `search` finds the nearest, `lookup` returns codes with their gradient.
+    A subclass says which codes there are: `search` finds the nearest, `lookup` returns codes with their gradient. Where codes are not
+    learned by gradient (`learns_by_gradient`), the loss is the commitment term alone.
 
     Args:
         codebook_size: number of codes k.
@@ -29,6 +32,8 @@ class VectorQuantizerBase(nn.Module):
     Raises:
         ValueError: if a size is not positive or an option is unknown.
     """
+
+    learns_by_gradient = True
 
     def __init__(
         self, codebook_size: int, dim: int, *, beta: float = 0.25, beta_on: str = "commitment", gradient: str = "straight_through"
@@ -54,7 +59,8 @@ class VectorQuantizerBase(nn.Module):
 
     def codebook(self) -> Tensor:
         """Return all effective codes [k, d]."""
-        return self.lookup(torch.arange(self.codebook_size, device=next(self.parameters()).device))
+        device = next(chain(self.parameters(), self.buffers())).device
+        return self.lookup(torch.arange(self.codebook_size, device=device))
 
     @torch.no_grad()
     def fit(self, latents: Tensor, generator: torch.Generator) -> None:
@@ -80,21 +86,47 @@ class VectorQuantizerBase(nn.Module):
         """Return the latents as they are compared with codes; fp32."""
         return latents
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
+    def draw(self, latents: Tensor, gumbel: Tensor, temperature: float) -> Tensor:
+        """Return argmax over codes of -|z - q| / temperature + gumbel for latents [n, d] and noise [n, k]: [n].
+
+        Source: Chen et al. 2024 (MeshAnything, arXiv 2406.10163), for decoders that learn to mend wrong codes.
+        """
+        distances = torch.cdist(latents, self.codebook().detach().float(), compute_mode="donot_use_mm_for_euclid_dist")
+        return (gumbel.reshape(-1, self.codebook_size) - distances / temperature).argmax(1)
+
+    def forward(self, latents: Tensor, gumbel: Tensor | None = None, temperature: float = 1.0) -> QuantizerOutput:
         """Quantize latents [..., d]; search and loss run in fp32, `quantized` has the latents' dtype.
 
+        Args:
+            latents: [..., d].
+            gumbel: standard Gumbel noise [..., k]: codes are drawn, see `draw`. The nearest ones if None.
+            temperature: of the draw, above 0; the lower, the nearer to the nearest code.
+
         Raises:
-            ValueError: if the last axis is not `dim`.
+            ValueError: if the last axis is not `dim`, the noise has another shape, or the temperature is not positive.
         """
-        if latents.shape[-1] != self.dim:
-            raise ValueError(f"quantizer: latents must be [..., d={self.dim}], got {list(latents.shape)}.")
+        self.check(latents, gumbel, temperature)
         with torch.autocast(latents.device.type, enabled=False):
             raw = latents.float()
             z = self.prepare(raw)
-            indices = self.search(z.detach().reshape(-1, self.dim)).view(latents.shape[:-1])
+            flat = z.detach().reshape(-1, self.dim)
+            found = self.search(flat) if gumbel is None else self.draw(flat, gumbel, temperature)
+            indices = found.view(latents.shape[:-1])
             codes = self.lookup(indices)
             commitment, codebook = F.mse_loss(z, codes.detach()), F.mse_loss(codes, z.detach())
-            on_commitment = self.beta_on == "commitment"
-            loss = self.beta * commitment + codebook if on_commitment else commitment + self.beta * codebook
+            weights = (self.beta, 1.0) if self.beta_on == "commitment" else (1.0, self.beta)
+            loss = weights[0] * commitment + weights[1] * codebook if self.learns_by_gradient else weights[0] * commitment
             quantized = ESTIMATORS[self.gradient](raw, codes).to(latents.dtype)
         return QuantizerOutput(quantized=quantized, indices=indices, loss=loss, terms={"commitment": commitment, "codebook": codebook})
+
+    def check(self, latents: Tensor, gumbel: Tensor | None, temperature: float) -> None:
+        """Refuse latents, noise and temperatures that do not fit.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if latents.shape[-1] != self.dim:
+            raise ValueError(f"quantizer: latents must be [..., d={self.dim}], got {list(latents.shape)}.")
+        wanted = (*latents.shape[:-1], self.codebook_size)
+        if gumbel is not None and (tuple(gumbel.shape) != wanted or not temperature > 0):
+            raise ValueError(f"quantizer: gumbel must be {list(wanted)} and temperature above 0, got {list(gumbel.shape)}, {temperature}.")

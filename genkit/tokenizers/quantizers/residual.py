@@ -1,55 +1,55 @@
 """Residual vector quantization: each level codes what the levels before it left over.
 
-r_0 = z, r_{l+1} = r_l - sg(c_l), q = sum of c_l; the codes c_l come from one table that all levels share, or from one each.
+r_0 = z, r_{l+1} = r_l - sg(c_l), q = sum of c_l; the codes c_l come from one quantizer that all levels share, or from one each.
 
-Source: Zeghidour et al. 2021 (arXiv 2107.03312), Lee et al. 2022 (arXiv 2203.01941) for the shared table; Chen et al. 2024 (MeshAnything,
-arXiv 2406.10163) for codes drawn with Gumbel noise, on which a decoder learns to mend wrong codes.
+Source: Zeghidour et al. 2021 (arXiv 2107.03312), Lee et al. 2022 (arXiv 2203.01941) for the shared table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.checks import choose
 from genkit.tokenizers.quantizers.base import VectorQuantizerBase
-from genkit.tokenizers.quantizers.gradient import ESTIMATORS
+from genkit.tokenizers.quantizers.gradient import straight_through
 from genkit.tokenizers.quantizers.output import QuantizerOutput
-from genkit.tokenizers.quantizers.search import nearest_codes
+
+PATHS = ("residual", "vit_vqgan")
 
 
-class ResidualVQ(VectorQuantizerBase):
+class ResidualQuantizer(VectorQuantizerBase):
     """Latents [..., d] to indices [..., levels] and back.
 
-    Loss: the sum over levels of beta * mean (sg c - r)^2 + mean (c - sg r)^2. The residual stays attached to the latent, so the latent gets
-    the output's gradient once per level, as published.
-
     Args:
-        codebook_size: number of codes k of a table.
-        dim: width d.
+        build: makes the quantizer of a level.
         num_levels: codes per latent.
-        is_shared: one table for all levels.
-        **options: beta, beta_on, gradient; see `VectorQuantizerBase`.
+        is_shared: one quantizer for all levels.
+        path: how gradients go. "residual": the residual stays attached to the latent and is reduced by detached codes, so that the latent
+            gets the output's gradient once per level; the loss is the sum over levels. "vit_vqgan": as in its released code the residual
+            starts detached and is reduced by attached codes, so that the latent gets no commitment and early codes that of later levels;
+            the loss is the mean.
 
     Raises:
-        ValueError: if a size is not positive.
+        ValueError: for fewer than one level, or an unknown path.
     """
 
-    def __init__(self, codebook_size: int, dim: int, *, num_levels: int = 3, is_shared: bool = True, **options: object) -> None:
-        super().__init__(codebook_size, dim, **options)  # type: ignore[arg-type]
+    def __init__(
+        self, build: Callable[[], VectorQuantizerBase], *, num_levels: int = 3, is_shared: bool = True, path: str = "residual"
+    ) -> None:
         if num_levels < 1:
             raise ValueError(f"residual quantizer: num_levels must be at least 1, got {num_levels}.")
-        self.num_levels, self.is_shared = num_levels, is_shared
-        self.embedding = nn.Parameter(torch.empty(1 if is_shared else num_levels, codebook_size, dim))
-        self.init_weights()
+        levels = [build() for _ in range(1 if is_shared else num_levels)]
+        super().__init__(levels[0].codebook_size, levels[0].dim, beta=levels[0].beta)
+        self.layers = nn.ModuleList(levels)
+        self.num_levels, self.is_shared, self.path = num_levels, is_shared, choose(path, PATHS, "path")
 
-    def init_weights(self) -> None:
-        """Draw the tables from N(0, 1/d)."""
-        nn.init.normal_(self.embedding, std=self.dim**-0.5)
-
-    def table(self, level: int) -> Tensor:
-        """Return the codes [k, d] of a level."""
-        return self.embedding[0 if self.is_shared else level].float()
+    def level(self, index: int) -> VectorQuantizerBase:
+        """Return the quantizer of a level."""
+        return cast(VectorQuantizerBase, self.layers[0 if self.is_shared else index])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Return the sums of codes [..., d] of indices [..., levels]; a level with index -1 adds nothing.
@@ -59,59 +59,58 @@ class ResidualVQ(VectorQuantizerBase):
         """
         if indices.shape[-1] != self.num_levels:
             raise ValueError(f"residual quantizer: indices must be [..., levels={self.num_levels}], got {list(indices.shape)}.")
-        parts = [F.embedding(indices[..., i].clamp_min(0), self.table(i)) for i in range(self.num_levels)]
-        is_valid = indices >= 0
-        return torch.stack([part * is_valid[..., i, None] for i, part in enumerate(parts)]).sum(0)
+        parts = [self.level(i).lookup(indices[..., i].clamp_min(0)) * (indices[..., i, None] >= 0) for i in range(self.num_levels)]
+        return torch.stack(parts).sum(0)
 
     def codebook(self) -> Tensor:
-        """Return all rows of all tables [tables * k, d]."""
-        return self.embedding.flatten(0, 1)
+        """Return the codes of all quantizers, one behind the other [quantizers * k, d]."""
+        return torch.cat([cast(VectorQuantizerBase, layer).codebook() for layer in self.layers])
 
     @torch.no_grad()
-    def set_codes(self, codes: Tensor) -> None:
-        """Write codes [k, d] into every table."""
-        self.embedding.copy_(codes.expand_as(self.embedding))
+    def fit(self, latents: Tensor, generator: torch.Generator) -> None:
+        """Start every level's codes at the k-means centres of what the levels before leave over; shared codes at those of the latents."""
+        residual = latents.float()
+        for layer in self.layers:
+            own = cast(VectorQuantizerBase, layer)
+            own.fit(residual, generator)
+            residual = residual - own.lookup(own.search(own.prepare(residual)))
 
     def forward(self, latents: Tensor, gumbel: Tensor | None = None, temperature: float = 1.0) -> QuantizerOutput:
         """Quantize latents [..., d].
 
         Args:
             latents: [..., d].
-            gumbel: standard Gumbel noise [levels, ..., k]: a level takes argmax of -|r - c| / temperature + gumbel. The nearest if None.
-            temperature: above 0; the lower, the nearer to the nearest code.
+            gumbel: noise [levels, ..., k] to draw codes with, see `VectorQuantizerBase.draw`; the nearest ones if None.
+            temperature: of the draw.
 
         Returns:
-            `indices` [..., levels]; `terms` has those of all levels, and "commitment_0", ... of each.
+            `indices` [..., levels]; `terms` holds those of all levels together, and of each ("commitment_0", ...).
 
         Raises:
             ValueError: if the last axis is not `dim`, the noise has another shape, or the temperature is not positive.
         """
-        if latents.shape[-1] != self.dim:
-            raise ValueError(f"quantizer: latents must be [..., d={self.dim}], got {list(latents.shape)}.")
-        wanted = (self.num_levels, *latents.shape[:-1], self.codebook_size)
-        if gumbel is not None and (tuple(gumbel.shape) != wanted or not temperature > 0):
-            raise ValueError(f"quantizer: gumbel must be {list(wanted)} and temperature above 0, got {list(gumbel.shape)}, {temperature}.")
-        with torch.autocast(latents.device.type, enabled=False):
-            residual, total = latents.float(), torch.zeros_like(latents, dtype=torch.float32)
-            indices, terms = [], {}
-            for level in range(self.num_levels):
-                table = self.table(level)
-                flat = residual.detach().reshape(-1, self.dim)
-                if gumbel is None:
-                    found = nearest_codes(flat, table)
-                else:
-                    distances = torch.cdist(flat, table.detach(), compute_mode="donot_use_mm_for_euclid_dist")
-                    found = (gumbel[level].reshape(-1, self.codebook_size) - distances / temperature).argmax(1)
-                indices.append(found.view(latents.shape[:-1]))
-                codes = F.embedding(indices[-1], table)
-                terms[f"commitment_{level}"] = F.mse_loss(residual, codes.detach())
-                terms[f"codebook_{level}"] = F.mse_loss(codes, residual.detach())
-                total = total + ESTIMATORS[self.gradient](residual, codes)
-                residual = residual - codes.detach()
-            sums = {name: torch.stack([terms[f"{name}_{i}"] for i in range(self.num_levels)]).sum() for name in ("commitment", "codebook")}
-            weights = {"commitment": self.beta if self.beta_on == "commitment" else 1.0}
-            weights["codebook"] = 1.0 if self.beta_on == "commitment" else self.beta
-            loss = sum(weights[name] * sums[name] for name in weights)
+        if gumbel is not None and len(gumbel) != self.num_levels:
+            raise ValueError(f"quantizer: gumbel must be [levels={self.num_levels}, ..., k], got {list(gumbel.shape)}.")
+        is_official = self.path == "vit_vqgan"
+        residual = latents.float().detach() if is_official else latents.float()
+        total, outputs = torch.zeros_like(residual), []
+        for i in range(self.num_levels):
+            out: QuantizerOutput = self.level(i)(residual, None if gumbel is None else gumbel[i], temperature)
+            outputs.append(out)
+            if is_official:
+                codes = self.level(i).lookup(out.indices)
+                total, residual = total + codes.detach(), residual - codes
+            else:
+                total, residual = total + out.quantized, residual - out.quantized.detach()
+        quantized = straight_through(latents.float(), total) if is_official else total
+        terms: dict[str, Tensor] = {}
+        for name in outputs[0].terms:
+            own = torch.stack([out.terms[name] for out in outputs])
+            terms |= {name: own.sum()} | {f"{name}_{i}": value for i, value in enumerate(own)}
+        losses = torch.stack([out.loss for out in outputs])
         return QuantizerOutput(
-            quantized=total.to(latents.dtype), indices=torch.stack(indices, dim=-1), loss=torch.as_tensor(loss), terms=sums | terms
+            quantized=quantized.to(latents.dtype),
+            indices=torch.stack([out.indices for out in outputs], dim=-1),
+            loss=losses.mean() if is_official else losses.sum(),
+            terms=terms,
         )
