@@ -4,7 +4,7 @@ VDT: General-purpose Video Diffusion Transformers via Mask Modeling (Lu et al., 
 is given enters every step clean and comes out exactly as it went in; the rest is made.
 
 - any of diffusers' schedulers that takes predicted noise: DPM-Solver++ by default, DDIM, or DDPM with learned variances
-- pixels for small clips, any `AutoencoderKL` for large ones; frames are encoded and decoded a few at a time
+- pixels, latents of any `AutoencoderKL`, or of an image tokenizer; frames are encoded and decoded a few at a time
 - longer clips by windows that overlap: each is given the last frames of the one before
 
 Legend: b clips, f frames, c channels, h w rows and columns of a latent.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +29,11 @@ from genkit.conditioners.text import condition_vector, encode_text
 from genkit.generators.vdt import VDTTransformer3DModel
 from genkit.pipelines.base import Callback, GenPipeline, check_sampling, samples_at_once_or_default
 from genkit.pipelines.clips import Clip, clip_tensor, pixel_mask, place_frames, reduce_mask, to_video
+from genkit.pipelines.frame_latents import FRAMES_AT_ONCE, FrameCoder, FrameLatents
 from genkit.pipelines.outputs import OUTPUT_TYPES, MemoryEstimate, StepState
 from genkit.pipelines.prompts import Prompt, as_prompts, resolve_prompts
 from genkit.pipelines.seeds import SampleStreams, Seeds, resolve_seeds
 from genkit.schedulers.named import exact_tables, noise_scheduler
-
-FRAMES_AT_ONCE = 8
 
 
 @dataclass
@@ -102,12 +101,13 @@ class VDTPipeline(GenPipeline):
     Args:
         transformer: the network.
         scheduler: of diffusers, predicting noise.
-        vae: for models of latents; None for models of pixels.
+        vae: for models of latents: diffusers' VAE, or an image tokenizer; None for models of pixels.
         text_encoder: of a text model, with a projection as wide as the transformer's text.
         tokenizer: of the text encoder.
         id2label: class names by id, for a class model.
         num_inference_steps: used when a call gives none.
         guidance_scale: used when a call gives none; 1 = off.
+        latents_mean, latents_std: of a tokenizer's latents, by channel.
 
     Raises:
         ValueError: if the components do not fit together.
@@ -128,15 +128,17 @@ class VDTPipeline(GenPipeline):
         self,
         transformer: VDTTransformer3DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: FrameCoder | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         id2label: dict[Any, str] | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 1.0,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        channels = 3 if vae is None else vae.config["latent_channels"]
+        channels = FrameLatents(vae, latents_mean, latents_std).channels
         if transformer.config["in_channels"] != channels:
             what = "pixels have 3; pass the VAE of its latents as vae=..." if vae is None else f"the VAE makes latents of {channels}."
             raise ValueError(f"VDTPipeline: the transformer takes {transformer.config['in_channels']} channels, {what}")
@@ -147,12 +149,20 @@ class VDTPipeline(GenPipeline):
             raise ValueError(f"VDTPipeline: transformer and text encoder differ in the width of text: {widths}.")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         labels = {str(key): label for key, label in id2label.items()} if id2label else None
-        self.register_to_config(id2label=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        self.register_to_config(
+            id2label=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, latents_mean=latents_mean,
+            latents_std=latents_std,
+        )  # fmt: skip
+
+    @property
+    def latents(self) -> FrameLatents:
+        """The way from frames to latents and back."""
+        return FrameLatents(self.vae, self.config["latents_mean"], self.config["latents_std"], FRAMES_AT_ONCE)
 
     @property
     def factor(self) -> int:
         """Pixels of a latent's side."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.latents.factor
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -417,20 +427,11 @@ class VDTPipeline(GenPipeline):
 
     def encode(self, video: Tensor) -> Tensor:
         """Return latents [b, f, c, h, w] of frames [b, f, 3, H, W] in [-1, 1], a few frames at a time: the mean of the VAE's posterior."""
-        if self.vae is None:
-            return video
-        weight = next(self.vae.parameters())
-        parts = [self.vae.encode(part.to(weight)).latent_dist.mode() for part in video.flatten(0, 1).split(FRAMES_AT_ONCE)]
-        return (torch.cat(parts) * self.vae.config["scaling_factor"]).unflatten(0, video.shape[:2]).to(video.dtype)
+        return self.latents.encode(video)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return frames [b, f, 3, H, W] of latents, a few frames at a time."""
-        if self.vae is None:
-            return latents
-        weight = next(self.vae.parameters())
-        scaled = (latents / self.vae.config["scaling_factor"]).flatten(0, 1)
-        parts = [self.vae.decode(part.to(weight)).sample.float() for part in scaled.split(FRAMES_AT_ONCE)]
-        return torch.cat(parts).unflatten(0, latents.shape[:2])
+        return self.latents.decode(latents)
 
     def finish(self, latents: Tensor, run: VDTRun) -> Tensor:
         """Return frames [b, f, 3, H, W] of latents, with the given pixels in their places exactly as they came."""
@@ -467,6 +468,6 @@ class VDTPipeline(GenPipeline):
         inside = rows * tokens * config["hidden_size"] * (4 + config["mlp_ratio"]) * size
         height, width = self.image_size
         frame = 3 * height * width
-        top = 0 if self.vae is None else self.vae.config["block_out_channels"][0] * height * width * 4 * 4
+        top = self.latents.decoding_bytes(height, width)
         decoding = 4 * num_clips * config["num_frames"] * frame * 2 + min(FRAMES_AT_ONCE, num_clips * config["num_frames"]) * top
         return MemoryEstimate(weights=weights, sampling=int(inside), decoding=int(decoding))

@@ -17,18 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from genkit.catalogue import INDEX, packaged_names
 from genkit.conditioners.text import condition_vector, encode_text
 from genkit.data.clips import ClipDataset
 from genkit.data.video_masks import MaskMixture
 from genkit.generators.vdt import VDTTransformer3DModel
+from genkit.pipelines.base import GenPipeline
+from genkit.pipelines.frame_latents import FrameLatents, latent_statistics
 from genkit.schedulers.gaussian import GaussianDiffusion
 from genkit.tasks._clips import check_sources, clip_prompts, to_strips, training_clips
 from genkit.tasks._conditions import ConditionTable
 from genkit.tasks._prompts import load_text
 from genkit.tasks._vdt_loss import masked_loss
+from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
     from genkit.pipelines.vdt import VDTPipeline
 
 NUM_SAMPLES = 4
-ENCODED_AT_ONCE = 32
+ENCODED_AT_ONCE, STATISTICS_CLIPS = 32, 64
 
 
 @dataclass
@@ -75,7 +80,8 @@ class Config:
         text_encoder, tokenizer: folders or hub ids of a CLIP text model with projection and its tokenizer; null for no text.
         prompts_per_clip: prompts encoded per clip; a step draws one of them.
         null_probability: how often the text is left out.
-        vae: folder or hub id of an `AutoencoderKL`; null works on pixels.
+        vae: folder or hub id of an `AutoencoderKL`, or packaged name or folder of a pipeline whose `vqvae` is an image tokenizer; null
+            works on pixels.
         model: of `VDTTransformer3DModel`; sizes and widths that follow from the data and the text encoder are filled in.
         masks: mode -> weight, see `MaskMixture`; the published mixture is {"random": 1}.
         official_masks: with the published masks that hide nothing.
@@ -150,11 +156,10 @@ class VDTTask(Task):
         self.table: ConditionTable | None = None
         self.prompts = clip_prompts(data, config.prompts_per_clip) if text else []
         self.masks = MaskMixture(config.masks, config.official_masks)
-        factor, channels = 1, 3
-        if vae is not None:
-            settings = cast(Any, vae).config
-            factor, channels = 2 ** (len(settings["block_out_channels"]) - 1), settings["latent_channels"]
-        sizes = {"sample_size": config.image_size // factor, "in_channels": channels, "num_frames": config.num_frames}
+        statistics = statistics_of(vae, data) if isinstance(vae, ViTVQModel) else (None, None)
+        self.frame_latents = FrameLatents(cast(Any, vae), *statistics, at_once=ENCODED_AT_ONCE)
+        side = config.image_size // self.frame_latents.factor
+        sizes = {"sample_size": side, "in_channels": self.frame_latents.channels, "num_frames": config.num_frames}
         width = cast(Any, text[0]).config.projection_dim if text else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -197,14 +202,12 @@ class VDTTask(Task):
 
     @torch.no_grad()
     def latents(self, frames: Tensor, ctx: StepContext) -> Tensor:
-        """Return latents [b, f, c, h, w] drawn from the VAE's posterior, a few frames at a time; pixels as they are."""
-        if "vae" not in self.frozen:
-            return frames
-        vae = cast(Any, self.frozen["vae"])
-        posteriors = [vae.encode(part).latent_dist for part in frames.flatten(0, 1).split(ENCODED_AT_ONCE)]
-        mean = torch.cat([p.mean for p in posteriors]).unflatten(0, frames.shape[:2])
-        std = torch.cat([p.std for p in posteriors]).unflatten(0, frames.shape[:2])
-        return (mean + std * ctx.randn("posterior", len(frames), *mean.shape[1:])) * vae.config["scaling_factor"]
+        """Return latents [b, f, c, h, w], of a VAE drawn from its posterior; pixels as they are."""
+        coder = self.frame_latents
+        if isinstance(coder.coder, ViTVQModel) or coder.coder is None:
+            return coder.encode(frames)
+        b, f, _, h, w = frames.shape
+        return coder.encode(frames, ctx.randn("posterior", b, f, coder.channels, h // coder.factor, w // coder.factor))
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss on clips [b, f, 3, H, W]."""
@@ -244,6 +247,8 @@ class VDTTask(Task):
             tokenizer=self.tokenizer,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
+            latents_mean=self.frame_latents.mean,
+            latents_std=self.frame_latents.std,
         )
 
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
@@ -270,12 +275,24 @@ class VDTTask(Task):
         pipe.save_pretrained(out)
 
 
+def statistics_of(tokenizer: ViTVQModel, data: ClipDataset) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation by channel of a tokenizer's latents, over clips spread over the data."""
+    chosen = torch.linspace(0, len(data) - 1, min(STATISTICS_CLIPS, len(data))).long().unique().tolist()
+    frames = torch.cat([data[i]["frames"].expand(-1, 3, -1, -1) for i in chosen])
+    return latent_statistics(tokenizer, frames)
+
+
+def open_coder(name: str) -> nn.Module:
+    """Open an image tokenizer of a pipeline, or a VAE of diffusers."""
+    if name in packaged_names() or (Path(name) / INDEX).is_file():
+        return cast(nn.Module, cast(Any, GenPipeline.from_pretrained(name)).vqvae)
+    return AutoencoderKL.from_pretrained(name)
+
+
 def build(config: Config) -> VDTTask:
     """Build the task of a recipe: open the clips, load text encoder and VAE."""
     c, vae = config, None
     if c.vae is not None:
-        from diffusers import AutoencoderKL
-
-        vae = AutoencoderKL.from_pretrained(c.vae).eval().requires_grad_(False)
+        vae = open_coder(c.vae).float().eval().requires_grad_(False)
     data = training_clips(c.data, c.sprites, c.image_size, c.num_frames, c.stride, c.sequences, c.seed)
     return VDTTask(c, data, load_text(c.text_encoder, c.tokenizer), vae)

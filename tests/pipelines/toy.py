@@ -8,6 +8,15 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from genkit.tasks.text_encoder import train_tokenizer
+from genkit.tokenizers.vit_vqgan import ViTVQModel
+
+
+def toy_tokenizer() -> ViTVQModel:
+    """Return an image tokenizer with random weights: 2x2 pixels a token, latents of 4 channels."""
+    torch.manual_seed(0)
+    tower = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16, "dim_head": 16}
+    codes = {"name": "simvq", "codebook_size": 32, "dim": 4}
+    return ViTVQModel(patch_size=2, encoder_config=tower, decoder_config=tower, quantizer_config=codes, sample_size=8).eval()
 
 
 def text_parts(width: int = 6) -> dict[str, Any]:

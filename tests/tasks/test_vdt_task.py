@@ -14,12 +14,14 @@ from torch.testing import assert_close
 from genkit.data.clips import open_clips
 from genkit.data.video_masks import MaskMixture
 from genkit.pipelines.base import GenPipeline
+from genkit.pipelines.vdt import VDTPipeline
 from genkit.tasks.vdt import Config, DiffusionConfig, SamplingConfig, VDTTask, build
+from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.config import TrainConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 from tests.data.toy import strips, write_views
-from tests.pipelines.toy import text_parts
+from tests.pipelines.toy import text_parts, toy_tokenizer
 
 MODEL: dict[str, Any] = {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
@@ -100,11 +102,33 @@ def test_latents_come_from_the_posterior_a_few_frames_at_a_time(data: str, tmp_p
     frames, context = torch.rand(2, 4, 3, 8, 8), StepContext(0, 0, torch.device("cpu"))
     whole = built.latents(frames, context)
     monkeypatch.setattr("genkit.tasks.vdt.ENCODED_AT_ONCE", 3)
-    assert_close(built.latents(frames, context), whole, rtol=1e-5, atol=1e-5)
+    assert_close(task(data, vae=vae, model={**MODEL, "patch_size": 2}).latents(frames, context), whole, rtol=1e-5, atol=1e-5)
     assert whole.shape == (2, 4, 4, 4, 4) and not torch.equal(whole, built.latents(frames, StepContext(1, 0, torch.device("cpu"))))
     Trainer(built, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2, sample_every=1)).run()
     pipe: Any = GenPipeline.from_pretrained(tmp_path / "run" / "export")
     assert pipe.vae is not None and pipe.image_size == (8, 8)
+
+
+def test_latents_of_an_image_tokenizer_are_normalised_and_snap_to_codes(data: str, tmp_path: Path) -> None:
+    built = task(data, vae=toy_tokenizer(), model={**MODEL, "patch_size": 2})
+    clips = torch.stack([built.data[i]["frames"] for i in range(len(built.data))])
+    latents = built.latents(clips, StepContext(0, 0, torch.device("cpu")))
+    assert latents.shape == (len(clips), 4, 4, 4, 4)
+    flat = latents.transpose(1, 2).flatten(2).transpose(0, 1).flatten(1)
+    assert_close(flat.mean(1), torch.zeros(4), atol=1e-4, rtol=0)
+    assert_close(flat.std(1), torch.ones(4), atol=1e-3, rtol=0)
+    Trainer(built, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2, sample_every=1)).run()
+    pipe: Any = GenPipeline.from_pretrained(tmp_path / "run" / "export")
+    assert pipe.image_size == (8, 8) and len(pipe.config["latents_mean"]) == 4 and pipe.estimate_memory().peak > 0
+    decoded = pipe.decode(latents)
+    assert_close(pipe.decode(latents + 1e-4), decoded, atol=1e-5, rtol=0)
+    vqvae = built.frame_latents.coder
+    assert isinstance(vqvae, ViTVQModel)
+    assert_close(decoded[0], vqvae.decode(vqvae.encode(clips[0]).indices).sample, atol=1e-4, rtol=1e-3)
+    given = clips[0, :1]
+    assert torch.equal(pipe(frames=given, mask="animate", generator=[1], output_type="pt").frames[0, :1], given)
+    with pytest.raises(ValueError, match="latents_mean and latents_std"):
+        VDTPipeline(pipe.transformer, pipe.scheduler, vae=vqvae)
 
 
 def test_sprites_train_too(tmp_path: Path) -> None:
