@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL
@@ -19,7 +19,7 @@ from torch import Tensor
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 
 FRAMES_AT_ONCE = 8
-FrameCoder = AutoencoderKL | ViTVQModel
+FrameCoder: TypeAlias = AutoencoderKL | ViTVQModel
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,8 @@ class VDTTask(Task):
         self.table: ConditionTable | None = None
         self.prompts = clip_prompts(data, config.prompts_per_clip) if text else []
         self.masks = MaskMixture(config.masks, config.official_masks)
-        statistics = statistics_of(vae, data) if isinstance(vae, ViTVQModel) else (None, None)
-        self.frame_latents = FrameLatents(cast(Any, vae), *statistics, at_once=ENCODED_AT_ONCE)
+        mean, std = statistics_of(vae, data) if isinstance(vae, ViTVQModel) else (None, None)
+        self.frame_latents = FrameLatents(cast(Any, vae), mean, std, ENCODED_AT_ONCE)
         side = config.image_size // self.frame_latents.factor
         sizes = {"sample_size": side, "in_channels": self.frame_latents.channels, "num_frames": config.num_frames}
         width = cast(Any, text[0]).config.projection_dim if text else None

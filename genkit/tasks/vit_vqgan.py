@@ -63,7 +63,8 @@ class QuantizerConfig:
             ValueError: for an unknown name.
         """
         entry = QUANTIZERS[choose(self.name, QUANTIZERS, "quantizer")]
-        common = {key: getattr(self, key) for key in ("codebook_size", "dim", "beta", "gradient") if key in (*entry.needs, *entry.takes)}
+        taken = (*entry.needs, *entry.takes)
+        common: dict[str, Any] = {key: getattr(self, key) for key in ("codebook_size", "dim", "beta", "gradient") if key in taken}
         return {"name": self.name, **common, **self.options}
 
 
