@@ -1,6 +1,7 @@
 """Mesh generation: decoding steps against the released order of computation, and mesh tokens against the released way to make them."""
 
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genkit.convert.meshanything import to_official
+from genkit.generators.mesh_stepper import MeshStepper
 from genkit.generators.mesh_transformer import OFFSET, MeshTransformer
 from genkit.tokenizers.mesh_tokens import SPECIALS, AdjacentTokens, boxed, canonical, quantised
 
@@ -70,7 +72,7 @@ def mesh(
         depth: blocks.
         device: cpu, cuda or mps.
         dtype: of both ways.
-        compiled: also time our blocks with torch.compile.
+        compiled: also time our step with torch.compile.
         threads: CPU threads; 0 leaves PyTorch's choice.
         repeats: timed runs of each way.
     """
@@ -82,6 +84,7 @@ def mesh(
         if "norm" not in name:  # start values are too small to tell ids apart
             parameter.mul_(2)
     model = model.to(device, getattr(torch, dtype))
+    stepper = MeshStepper(model)
     plain = ConcatenatingOPT(to_official(model), model.config["heads"], depth)
     print(f"MeshAnything V2, {depth} blocks x {model.config['width']}, batch {batch}, {dtype}; {machine(device)}")
     for context in contexts or [300, 1500, 3000, 4500]:
@@ -90,13 +93,14 @@ def mesh(
         start = [(torch.randn(shape, **like), torch.randn(shape, **like)) for _ in range(depth)]
         cache = model.new_cache(batch, context + tokens)
         for block, (k, v) in zip(cache, start, strict=True):
-            own = cast(Any, block[0])
+            own: Any = block[0]
             own.k[:, :, :context], own.v[:, :, :context] = k, v
         first = torch.full((batch, 1), SPECIALS, device=device)
         ways = {"released order": lambda start=start, context=context, first=first: _plain_run(plain, first, start, context, tokens)}
-        ways["genkit"] = lambda cache=cache, context=context, first=first: _our_run(model, first, cache, context, tokens)
+        ways["genkit"] = lambda cache=cache, context=context, first=first: _our_run(stepper, first, cache, context, tokens)
         if compiled:
-            model.compile_repeated_blocks()
+            step = torch.compile(stepper)
+            ways["genkit, compiled"] = lambda s=step, cache=cache, context=context, first=first: _our_run(s, first, cache, context, tokens)
         print(f"context {context}:")
         report(timed(ways, repeats, device), batch * tokens, "tokens")
 
@@ -115,12 +119,12 @@ def _plain_run(plain: ConcatenatingOPT, ids: Tensor, start: list[tuple[Tensor, T
 
 
 @torch.no_grad()
-def _our_run(model: MeshTransformer, ids: Tensor, cache: Any, context: int, tokens: int) -> Tensor:
+def _our_run(step: Callable[..., Tensor], ids: Tensor, cache: Any, context: int, tokens: int) -> Tensor:
     for block in cache:
         block[0].length = context
     found = []
     for t in range(tokens):
-        ids = model(ids, slots=_slot(t, ids), start=context + t, cache=cache).logits[:, -1].argmax(-1, keepdim=True)
+        ids = step(ids, _slot(t, ids), context + t, cache).argmax(-1, keepdim=True)
         found.append(ids)
     return torch.cat(found, dim=1)
 

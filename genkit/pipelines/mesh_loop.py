@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from genkit.blocks.caches import KVCache
+from genkit.generators.mesh_stepper import MeshStepper
 from genkit.generators.mesh_transformer import MeshCaches, MeshTransformer
 from genkit.pipelines.outputs import StepState
 from genkit.pipelines.seeds import SampleStreams
@@ -89,7 +90,7 @@ class TokenWriter:
     """
 
     def __init__(self, transformer: MeshTransformer, prefix: Tensor, ids: Tensor | None = None) -> None:
-        self.transformer, self.prefix = transformer, prefix
+        self.transformer, self.prefix, self.stepper = transformer, prefix, MeshStepper(transformer)
         self.ids = torch.zeros(len(prefix), 0, dtype=torch.long, device=prefix.device) if ids is None else ids
         self.most = int(transformer.config["num_points"]) + int(transformer.config["max_tokens"])
         self.cache: MeshCaches | None = None
@@ -137,12 +138,15 @@ class TokenWriter:
         return self._evaluate(self.ids[:, columns], slots[:, columns], self.prefix)
 
     def _evaluate(self, ids: Tensor, slots: Tensor, prefix: Tensor | None) -> Tensor:
-        out = self.transformer(ids, prefix, slots=slots, start=self.places, cache=self.cache, last_only=True)
+        if prefix is None and ids.shape[1] == 1 and self.cache is not None:
+            found = self.stepper(ids, slots, self.places, self.cache)
+        else:
+            out = self.transformer(ids, prefix, slots=slots, start=self.places, cache=self.cache, last_only=True)
+            found = out.logits[:, -1]
         self.places += ids.shape[1] + (0 if prefix is None else prefix.shape[1])
         self.done = self.ids.shape[1]
         self.evaluations += 1
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
+        return found.float()
 
     def _grow(self, places: int) -> None:
         for cache in self._caches():

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from genkit.convert import mesh_vq, meshanything, michelangelo
+from genkit.generators.mesh_stepper import MeshStepper
 from genkit.generators.mesh_transformer import MeshTransformer
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder, PointFeatures
@@ -52,6 +53,18 @@ def test_chunks_through_the_cache_give_one_pass(model: MeshTransformer, cuts: li
         parts.append(model(ids[:, part], prefix if i == 0 else None, **options).logits)
         start += cut
     assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
+
+
+def test_the_stepper_gives_the_modules_numbers(model: MeshTransformer) -> None:
+    ids, prefix = ids_and_prefix(model)
+    whole, slots = model(ids, prefix).logits, model.tokens.slots(ids)
+    cache, stepper = model.new_cache(2, 16), MeshStepper(model)
+    model(ids[:, :2], prefix, slots=slots[:, :2], cache=cache)
+    for t in range(2, 12):
+        logits = stepper(ids[:, t : t + 1], slots[:, t : t + 1], 4 + t, cache)
+        assert_close(logits, whole[:, 4 + t], atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="place 64 is asked for, the model has 64"):
+        stepper(ids[:, :1], slots[:, :1], 64, cache)
 
 
 def test_padding_and_neighbours_change_nothing(model: MeshTransformer) -> None:
