@@ -49,8 +49,10 @@ class StepLayers:
         """Take the weights of a post-norm block of attention and MLP; no copies."""
         first, second = (cast(Branch, branch) for branch in block.branches)
         attention, mlp = cast(Attention, first.f), cast(MLP, second.f)
-        layers = [_layer(part) for part in (attention.q, attention.kv, attention.proj, first.norm, mlp.fc1, mlp.fc2, second.norm)]
-        return cls(*layers, attention.heads, cast(Any, first.norm).eps)
+        return cls(
+            q=_layer(attention.q), kv=_layer(attention.kv), proj=_layer(attention.proj), norm1=_layer(first.norm), fc1=_layer(mlp.fc1),
+            fc2=_layer(mlp.fc2), norm2=_layer(second.norm), heads=attention.heads, eps=cast(Any, first.norm).eps,
+        )  # fmt: skip
 
 
 def _layer(module: Any) -> Layer:
