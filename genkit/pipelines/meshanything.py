@@ -29,7 +29,7 @@ from genkit.pipelines.base import Callback, GenPipeline, check_sampling, samples
 from genkit.pipelines.mesh_loop import MeshRun, MeshStepState, TokenSampling, loop, sequences
 from genkit.pipelines.outputs import MemoryEstimate
 from genkit.pipelines.seeds import Seeds, resolve_seeds
-from genkit.pipelines.surface_shell import DEPTHS, surface_shell
+from genkit.pipelines.surface_shell import surface_shell
 from genkit.tokenizers.mesh_tokens import ON_ILLEGAL, SPECIALS, DecodedMesh, canonical, dequantised
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder, PointFeatures
@@ -141,7 +141,7 @@ class MeshAnythingPipeline(GenPipeline):
         use_grammar: bool = True,
         on_illegal: str = "repair",
         shell_depth: int | None = None,
-        num_meshes_per_shape: int = 1,
+        num_images_per_prompt: int = 1,
         generator: Seeds = None,
         samples_at_once: int | None = None,
         callback_on_step_end: Callback | None = None,
@@ -159,7 +159,7 @@ class MeshAnythingPipeline(GenPipeline):
             use_grammar: let only legal ids through. Off, the result is that of the released code.
             on_illegal: what to do with an illegal sequence: "raise", "repair" and count, or "official".
             shell_depth: sample the points on a new surface around the mesh, of 2^depth grid points a side; None leaves the mesh as it is.
-            num_meshes_per_shape: meshes per shape.
+            num_images_per_prompt: meshes per shape.
             generator: int or `torch.Generator` that draws one seed per mesh, or a list of seeds, one per mesh; of the points too.
             samples_at_once: meshes that are evaluated together; None: one on a CPU, all elsewhere.
             callback_on_step_end: called as callback(pipe, index, timestep, fields) after each id.
@@ -174,8 +174,8 @@ class MeshAnythingPipeline(GenPipeline):
         choose(on_illegal, ON_ILLEGAL, "on_illegal")
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         sampling = TokenSampling(do_sample, temperature, top_k, top_p, face_target, face_bias)
-        check_sampling(1, num_meshes_per_shape, 1.0)
-        shapes = [item for item in as_shapes(shape) for _ in range(num_meshes_per_shape)]
+        check_sampling(1, num_images_per_prompt, 1.0)
+        shapes = [item for item in as_shapes(shape) for _ in range(num_images_per_prompt)]
         seeds = resolve_seeds(generator, len(shapes))
         clouds = [self.points(item, seed, shell_depth) for item, seed in zip(shapes, seeds, strict=True)]
         run, features = self.prepare(clouds, sampling, max_faces, max_tokens, use_grammar, samples_at_once)
@@ -389,6 +389,3 @@ def turned_faces(
     is_wrong = (own * votes).sum(1) < 0
     found: NDArray[np.int64] = np.where(is_wrong[:, None], faces[:, ::-1], faces)
     return found
-
-
-__all__ = ["DEPTHS", "MeshAnythingPipeline", "MeshOutput", "MeshReport", "as_shapes", "turned_faces"]

@@ -5,16 +5,19 @@ Letters: b meshes, f faces, p points.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.data.mesh_augment import Augmentation, augmented, condition_points
 from genkit.data.mesh_samples import MeshBounds, MeshSamples, StoredMesh
 from genkit.tokenizers.mesh_tokens import BINS, CanonicalMesh, canonical, quantised
+from genkit.tokenizers.point_encoder import PointEncoder
+from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import StepContext
 
 TRIALS = 8  # augmentations of a mesh before it is taken as it is
@@ -22,8 +25,8 @@ SURVIVING = 0.2  # share of faces that quantising has to leave
 
 
 @dataclass
-class MeshDataConfig:
-    """Settings of the data.
+class MeshTaskConfig:
+    """Settings of the data, the point encoder and the optimizer.
 
     Attributes:
         data: folder of meshes, parquet file with vertices and faces, or hub data set.
@@ -32,6 +35,11 @@ class MeshDataConfig:
         num_points: of the condition.
         augment: scale, turn and shift meshes.
         seed: of the initial weights.
+        point_encoder: of `PointEncoder`, to learn along.
+        pretrained_point_encoder: folder of one that stays as it is, instead.
+        optimizer: "adamw", or "muon": Muon for the matrices of the blocks, AdamW for the rest.
+        lr, betas, weight_decay: of the optimizer.
+        export_dtype: floating type of the exported weights.
     """
 
     data: str = "data/lowpoly/train.parquet"
@@ -40,8 +48,19 @@ class MeshDataConfig:
     num_points: int = 8192
     augment: bool = True
     seed: int = 0
+    point_encoder: dict[str, Any] = field(default_factory=dict)
+    pretrained_point_encoder: str | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.1
+    export_dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}.")
+        if bool(self.point_encoder) == (self.pretrained_point_encoder is not None):
+            raise ValueError("give either point_encoder (to learn along) or pretrained_point_encoder.")
         if self.num_points < 1 or self.bins < 2:
             raise ValueError(f"num_points must be at least 1 and bins at least 2, got {self.num_points} and {self.bins}.")
 
@@ -71,7 +90,7 @@ class MeshDraws:
         ValueError: if no mesh can be learned.
     """
 
-    def __init__(self, config: MeshDataConfig, samples: MeshSamples, fits: Callable[[CanonicalMesh], bool]) -> None:
+    def __init__(self, config: MeshTaskConfig, samples: MeshSamples, fits: Callable[[CanonicalMesh], bool]) -> None:
         self.config, self.samples, self.fits = config, samples, fits
         samples.keep(
             lambda stored: self._learnable(self._quantised(stored, Augmentation()), stored), "too long, or too much lost in quantising"
@@ -102,3 +121,22 @@ class MeshDraws:
 def stacked_points(items: Sequence[MeshItem], device: torch.device) -> Tensor:
     """Return the points [b, p, 6] of meshes, fp32."""
     return torch.from_numpy(np.stack([item.points for item in items])).float().to(device)
+
+
+@torch.no_grad()
+def known_by(items: Sequence[MeshItem], device: torch.device, frozen: Mapping[str, nn.Module]) -> Any:
+    """Return what a step's networks know meshes by: features of a frozen point encoder, or points [b, p, 6] for one that learns along."""
+    points = stacked_points(items, device)
+    return frozen["point_encoder"](points) if "point_encoder" in frozen else points
+
+
+def open_encoder(config: MeshTaskConfig) -> PointEncoder | None:
+    """Open the point encoder that stays as it is, if the settings name one."""
+    folder = config.pretrained_point_encoder
+    return None if folder is None else cast(PointEncoder, PointEncoder.from_pretrained(folder))
+
+
+def mesh_optimizer(module: nn.Module, config: MeshTaskConfig, inner: tuple[str, ...]) -> torch.optim.Optimizer:
+    """Return one optimizer over a module's trained parameters; Muon, if chosen, takes matrices below `inner` and the point encoder's."""
+    where = (*inner, *(f"point_encoder.{part}." for part in ("cross", "blocks", "decoder_blocks")))
+    return adamw_or_muon(module, config.optimizer, where, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)

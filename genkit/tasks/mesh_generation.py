@@ -14,7 +14,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,50 +25,30 @@ from genkit.data.mesh_samples import MeshSamples
 from genkit.generators.mesh_transformer import MeshTransformer
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.meshanything import MeshAnythingPipeline
-from genkit.tasks._mesh_data import MeshDataConfig, MeshDraws, MeshItem, stacked_points
+from genkit.tasks._mesh_data import MeshDraws, MeshItem, MeshTaskConfig, known_by, mesh_optimizer, open_encoder
 from genkit.tokenizers.mesh_tokens import BOS, EOS, PAD, SPECIALS, CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
-from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 
 @dataclass
-class Config(MeshDataConfig):
+class Config(MeshTaskConfig):
     """Settings of the task, beside those of the data.
 
     Attributes:
-        point_encoder: of `PointEncoder`, to learn along.
-        pretrained_point_encoder: folder of one that stays as it is, instead.
         vq_model: folder of a mesh VAE whose codes are the tokens; null for coordinates.
         max_token_ratio: most tokens of a mesh as a share of nine per face; 0.7 as published, null for any.
         model: of `MeshTransformer`; widths and numbers that the others decide follow from them.
         start: folder of a pipeline to start from; null starts anew.
         gradient_checkpointing: trade time for memory.
-        optimizer: "adamw", or "muon": Muon for the matrices of the blocks, AdamW for the rest.
-        lr, betas, weight_decay: of the optimizer.
-        export_dtype: floating type of the exported weights.
     """
 
-    point_encoder: dict[str, Any] = field(default_factory=dict)
-    pretrained_point_encoder: str | None = None
     vq_model: str | None = None
     max_token_ratio: float | None = None
     model: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     gradient_checkpointing: bool = False
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.1
-    export_dtype: Literal["float32", "float16"] = "float32"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}.")
-        if bool(self.point_encoder) == (self.pretrained_point_encoder is not None):
-            raise ValueError("give either point_encoder (to learn along) or pretrained_point_encoder.")
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, score_first_pad: bool = False) -> Tensor:
@@ -169,9 +149,7 @@ class MeshGenerationTask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all trained parameters."""
-        c, inner = self.config, ("transformer.blocks.", "point_encoder.cross.", "point_encoder.blocks.", "point_encoder.decoder_blocks.")
-        settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "weight_decay": c.weight_decay}
-        return {"main": adamw_or_muon(self.modules["model"], c.optimizer, inner, **settings)}
+        return {"main": mesh_optimizer(self.modules["model"], self.config, ("transformer.blocks.",))}
 
     def ids(self, items: list[MeshItem], device: torch.device) -> Tensor:
         """Return the ids [b, t] of meshes: bos, tokens, eos, pad."""
@@ -195,12 +173,8 @@ class MeshGenerationTask(Task):
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss."""
         items = self.draws.items(batch, ctx)
-        ids, features = self.ids(items, ctx.device), cast(Any, stacked_points(items, ctx.device))
-        encoder = self.frozen.get("point_encoder")
-        if encoder is not None:
-            with torch.no_grad():
-                features = encoder(features)
-        logits = self.modules["model"](features, ids)
+        ids = self.ids(items, ctx.device)
+        logits = self.modules["model"](known_by(items, ctx.device, self.frozen), ids)
         loss = next_token_loss(logits, ids)
         hits = ((logits.argmax(-1) == ids) & (ids != PAD)).sum() / (ids != PAD).sum()
         yield Phase("main", loss, {"accuracy": hits.detach().float(), "length": (ids != PAD).float().sum(1).mean()})
@@ -227,8 +201,5 @@ class MeshGenerationTask(Task):
 
 def build(config: Config) -> MeshGenerationTask:
     """Build the task of a recipe: open meshes, encoder and mesh VAE."""
-    encoder = None
-    if config.pretrained_point_encoder is not None:
-        encoder = cast(PointEncoder, PointEncoder.from_pretrained(config.pretrained_point_encoder))
     vq_model = cast(MeshVQModel, MeshVQModel.from_pretrained(config.vq_model)) if config.vq_model is not None else None
-    return MeshGenerationTask(config, MeshSamples(config.data, config.bounds), encoder, vq_model)
+    return MeshGenerationTask(config, MeshSamples(config.data, config.bounds), open_encoder(config), vq_model)

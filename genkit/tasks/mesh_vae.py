@@ -15,55 +15,40 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.data.mesh_samples import MeshSamples
-from genkit.tasks._mesh_data import MeshDataConfig, MeshDraws, MeshItem, stacked_points
+from genkit.tasks._mesh_data import MeshDraws, MeshItem, MeshTaskConfig, known_by, mesh_optimizer, open_encoder
 from genkit.tokenizers.mesh_tokens import CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
-from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 
 @dataclass
-class Config(MeshDataConfig):
+class Config(MeshTaskConfig):
     """Settings of the task, beside those of the data.
 
     Attributes:
-        point_encoder: of `PointEncoder`, to learn along.
-        pretrained_point_encoder: folder of one that stays as it is, instead.
         model: of `MeshVQModel`; widths and numbers that the others decide follow from them.
         start: folder of a mesh VAE to start from; null starts anew.
         only_decoder: keep encoder and codes of `start` as they are.
         noise: temperature of the Gumbel noise on codes; 0 takes the nearest.
-        optimizer: "adamw", or "muon": Muon for the matrices of the blocks, AdamW for the rest.
-        lr, betas, weight_decay: of the optimizer.
-        export_dtype: floating type of the exported weights.
     """
 
-    point_encoder: dict[str, Any] = field(default_factory=dict)
-    pretrained_point_encoder: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
     only_decoder: bool = False
     noise: float = 0.0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.1
-    export_dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lr <= 0 or self.noise < 0:
-            raise ValueError(f"lr must be above 0 and noise at least 0, got {self.lr} and {self.noise}.")
-        if bool(self.point_encoder) == (self.pretrained_point_encoder is not None):
-            raise ValueError("give either point_encoder (to learn along) or pretrained_point_encoder.")
+        if self.noise < 0:
+            raise ValueError(f"noise must be at least 0, got {self.noise}.")
         if self.only_decoder and self.start is None:
             raise ValueError("only_decoder=true keeps the encoder of a trained model: give its folder as start.")
 
@@ -137,17 +122,12 @@ class MeshVAETask(Task):
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all trained parameters."""
-        c, inner = self.config, ("model.blocks.", "model.encoder.blocks.", "point_encoder.cross.", "point_encoder.blocks.")
-        settings: dict[str, Any] = {"lr": c.lr, "betas": c.betas, "weight_decay": c.weight_decay}
-        return {"main": adamw_or_muon(self.modules["model"], c.optimizer, inner, **settings)}
+        return {"main": mesh_optimizer(self.modules["model"], self.config, ("model.blocks.", "model.encoder.blocks."))}
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss."""
         items = self.draws.items(batch, ctx)
-        steps, features = stacked_faces(items, ctx.device), cast(Any, stacked_points(items, ctx.device))
-        if "point_encoder" in self.frozen:
-            with torch.no_grad():
-                features = self.frozen["point_encoder"](features)
+        steps, features = stacked_faces(items, ctx.device), known_by(items, ctx.device, self.frozen)
         logits, quantizer_loss, _ = self.modules["model"](features, steps, self._gumbel(steps, ctx), self.config.noise or 1.0)
         present = (steps >= 0).flatten(2)
         flat, target = logits.flatten(0, 2).float(), steps.flatten(2).clamp_min(0).flatten()
@@ -183,7 +163,4 @@ def stacked_faces(items: list[MeshItem], device: torch.device) -> Tensor:
 
 def build(config: Config) -> MeshVAETask:
     """Build the task of a recipe: open meshes and encoder."""
-    encoder = None
-    if config.pretrained_point_encoder is not None:
-        encoder = cast(PointEncoder, PointEncoder.from_pretrained(config.pretrained_point_encoder))
-    return MeshVAETask(config, MeshSamples(config.data, config.bounds), encoder)
+    return MeshVAETask(config, MeshSamples(config.data, config.bounds), open_encoder(config))

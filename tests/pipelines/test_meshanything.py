@@ -43,8 +43,8 @@ def test_every_sequence_is_a_mesh_at_the_place_of_its_shape(pipe: MeshAnythingPi
 
 
 def test_a_mesh_depends_on_its_own_seed_only(pipe: MeshAnythingPipeline) -> None:
-    together = pipe([BOX, CLOUD], do_sample=True, num_meshes_per_shape=2, generator=[1, 2, 3, 4])
-    at_once = pipe([BOX, CLOUD], do_sample=True, num_meshes_per_shape=2, generator=[1, 2, 3, 4], samples_at_once=4)
+    together = pipe([BOX, CLOUD], do_sample=True, num_images_per_prompt=2, generator=[1, 2, 3, 4])
+    at_once = pipe([BOX, CLOUD], do_sample=True, num_images_per_prompt=2, generator=[1, 2, 3, 4], samples_at_once=4)
     alone = pipe(CLOUD, do_sample=True, generator=[4])
     assert together.seeds == [1, 2, 3, 4]
     for one, other in zip(together.tokens, at_once.tokens, strict=True):
@@ -56,10 +56,10 @@ def test_a_mesh_depends_on_its_own_seed_only(pipe: MeshAnythingPipeline) -> None
 def test_budgets_and_targets_of_faces(pipe: MeshAnythingPipeline) -> None:
     for most in (1, 3):
         assert all(
-            report.faces <= most for report in pipe(BOX, max_faces=most, generator=7, num_meshes_per_shape=3, do_sample=True).reports
+            report.faces <= most for report in pipe(BOX, max_faces=most, generator=7, num_images_per_prompt=3, do_sample=True).reports
         )
     few, many = (
-        sum(r.faces for r in pipe(BOX, face_target=t, face_bias=60, do_sample=True, num_meshes_per_shape=4, generator=1).reports)
+        sum(r.faces for r in pipe(BOX, face_target=t, face_bias=60, do_sample=True, num_images_per_prompt=4, generator=1).reports)
         for t in (1, 9)
     )
     assert few < many
