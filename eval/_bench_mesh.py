@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genkit.convert.meshanything import to_official
+from genkit.data.mesh_augment import centred_box
 from genkit.generators.mesh_stepper import MeshStepper
 from genkit.generators.mesh_transformer import OFFSET, MeshTransformer
-from genkit.tokenizers.mesh_tokens import SPECIALS, AdjacentTokens, boxed, canonical, quantised
+from genkit.tokenizers.mesh_tokens import SPECIALS, AdjacentTokens, canonical, quantised
 
 
 class ConcatenatingOPT:
@@ -141,7 +142,7 @@ def mesh_tokens(subdivisions: int = 3, threads: int = 1, repeats: int = 5) -> No
 
     torch.set_num_threads(threads)
     ball = trimesh.creation.icosphere(subdivisions)
-    mesh = canonical(quantised(boxed(ball.vertices)), ball.faces)
+    mesh = canonical(quantised(centred_box(ball.vertices)), ball.faces)
     layout = AdjacentTokens()
     tokens = layout.encode(mesh)
     ways = {"released order": lambda: torch.from_numpy(_scanning_tokens(mesh)), "genkit": lambda: torch.from_numpy(layout.encode(mesh))}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from genkit.data.surfaces import points_on_faces
+
 SCALES = (0.75, 1.25)
 SHIFT = 0.1
 POINT_LIMIT = 0.9995
@@ -40,10 +42,19 @@ class Augmentation:
 
 
 def centred_box(vertices: NDArray[Any]) -> NDArray[np.float64]:
-    """Return vertices [v, 3] with their box centred and its longest side 1."""
+    """Return vertices [v, 3] with their box centred and its longest side 1.
+
+    Raises:
+        ValueError: for none, numbers that are not finite, or no extent.
+    """
     positions = np.asarray(vertices, np.float64)
+    if not len(positions) or not np.isfinite(positions).all():
+        raise ValueError(f"a mesh to be written as tokens needs finite vertices, got {len(positions)} of which some are not finite.")
     low, high = positions.min(0), positions.max(0)
-    return (positions - (low + high) / 2) / (high - low).max()
+    side = (high - low).max()
+    if not side > 0:
+        raise ValueError("the mesh has no extent: all vertices are in one place.")
+    return ((positions - (low + high) / 2) / side).clip(-0.5, 0.5)
 
 
 def augmented(vertices: NDArray[Any], draw: Augmentation) -> NDArray[np.float64]:
@@ -55,34 +66,6 @@ def augmented(vertices: NDArray[Any], draw: Augmentation) -> NDArray[np.float64]
     turned = centred_box(np.stack([x * cosine + z * sine, y, -x * sine + z * cosine], axis=1))
     room = np.asarray(draw.shift).clip(-0.5 - turned.min(0), 0.5 - turned.max(0))
     return (turned + room).clip(-0.5, 0.5)
-
-
-def points_on_faces(
-    vertices: NDArray[Any], faces: NDArray[Any], u_face: NDArray[np.float64], u_place: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return points [p, 3] of a surface and the normals of their faces [p, 3].
-
-    Args:
-        vertices: [v, 3].
-        faces: [f, 3].
-        u_face: [p] in [0, 1), choose faces in proportion to area.
-        u_place: [p, 2] in [0, 1), shares of two edges; both are mirrored where they add up to more than 1.
-
-    Raises:
-        ValueError: if the surface has no area.
-    """
-    corners = np.asarray(vertices, np.float64)[np.asarray(faces, np.int64)]
-    edges = corners[:, 1:] - corners[:, :1]
-    normals = np.cross(edges[:, 0], edges[:, 1])
-    lengths = np.linalg.norm(normals, axis=1)
-    total = np.cumsum(lengths / 2)
-    if not len(total) or not total[-1] > 0:
-        raise ValueError("the mesh has no area: all faces are lines or points.")
-    index = np.searchsorted(total, u_face * total[-1]).clip(max=len(total) - 1)
-    share = np.where(u_place.sum(1, keepdims=True) > 1, np.abs(u_place - 1), u_place)
-    points = corners[index, 0] + (share[:, :, None] * edges[index]).sum(1)
-    unit = np.divide(normals, lengths[:, None], out=np.zeros_like(normals), where=lengths[:, None] > 0)
-    return points, unit[index]
 
 
 def condition_points(

@@ -77,8 +77,8 @@ def welded(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> tuple[NDA
         ValueError: if nothing is left, or numbers are not finite.
     """
     positions = np.asarray(vertices, np.float64)
-    if not len(faces) or not np.isfinite(positions).all() or not np.ptp(positions, axis=0).max() > 0:
-        raise ValueError("no faces, no extent, or vertices that are not finite.")
+    if not len(faces):
+        raise ValueError("the mesh has no faces.")
     boxed = centred_box(positions)
     _, first, inverse = np.unique(np.round(boxed * 1e5).astype(np.int64), axis=0, return_index=True, return_inverse=True)
     found = inverse.reshape(-1)[faces]

@@ -90,20 +90,41 @@ def points_on_edges(
     return w * vertices[first] + (1 - w) * vertices[second], w * normals[first] + (1 - w) * normals[second]
 
 
+def points_on_faces(
+    vertices: NDArray[Any], faces: NDArray[Any], u_face: NDArray[np.float64], u_place: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return points [p, 3] of a surface and the normals of their faces [p, 3].
+
+    Args:
+        vertices: [v, 3].
+        faces: [f, 3].
+        u_face: [p] in [0, 1), choose faces in proportion to area.
+        u_place: [p, 2] in [0, 1), shares of two edges; both are mirrored where they add up to more than 1.
+
+    Raises:
+        ValueError: if the surface has no area.
+    """
+    corners = np.asarray(vertices, np.float64)[np.asarray(faces, np.int64)]
+    edges = corners[:, 1:] - corners[:, :1]
+    normals = np.cross(edges[:, 0], edges[:, 1])
+    lengths = np.linalg.norm(normals, axis=1)
+    total = np.cumsum(lengths / 2)
+    if not len(total) or not total[-1] > 0:
+        raise ValueError("the mesh has no area: all faces are lines or points.")
+    index = np.searchsorted(total, u_face * total[-1]).clip(max=len(total) - 1)
+    share = np.where(u_place.sum(1, keepdims=True) > 1, np.abs(u_place - 1), u_place)
+    points = corners[index, 0] + (share[:, :, None] * edges[index]).sum(1)
+    unit = np.divide(normals, lengths[:, None], out=np.zeros_like(normals), where=lengths[:, None] > 0)
+    return points, unit[index]
+
+
 def uniform_points(mesh: trimesh.Trimesh, count: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return points [p, 3] spread by area, and the normals of their faces.
 
     Raises:
         ValueError: if the surface has no area.
     """
-    areas = np.asarray(mesh.area_faces, np.float64)
-    if not areas.sum() > 0:
-        raise ValueError("the mesh has no area: all faces are lines or points.")
-    index = np.searchsorted(np.cumsum(areas / areas.sum()), rng.random(count)).clip(max=len(areas) - 1)
-    corners = np.asarray(mesh.vertices)[np.asarray(mesh.faces)[index]]
-    root, share = np.sqrt(rng.random((count, 1))), rng.random((count, 1))
-    points = (1 - root) * corners[:, 0] + root * (1 - share) * corners[:, 1] + root * share * corners[:, 2]
-    return points, np.asarray(mesh.face_normals)[index]
+    return points_on_faces(np.asarray(mesh.vertices), np.asarray(mesh.faces), rng.random(count), rng.random((count, 2)))
 
 
 def surface_points(mesh: trimesh.Trimesh, uniform: int, sharp: int, rng: np.random.Generator) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""One id at a time through a mesh transformer: its numbers without its modules' bookkeeping, which is a sixth of a step on a CPU.
+"""One id at a time through a mesh transformer: its numbers without its modules' bookkeeping.
 
 Letters: b sequences, d width, k ids.
 """

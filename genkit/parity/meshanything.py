@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from genkit.convert import mesh_vq, meshanything, michelangelo
-from genkit.data.mesh_augment import Augmentation, augmented, condition_points, normalised_points
+from genkit.data.mesh_augment import Augmentation, augmented, centred_box, condition_points, normalised_points
 from genkit.data.mesh_fields import triangle_distances
 from genkit.data.winding import winding_numbers
 from genkit.generators.mesh_transformer import MeshTransformer
 from genkit.parity.base import Case, with_gradients
-from genkit.pipelines.mesh_loop import TokenSampling, TokenWriter, inverse_cdf
+from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, inverse_cdf
 from genkit.pipelines.surface_shell import surface_shell
 from genkit.tasks.mesh_generation import next_token_loss
 from genkit.tokenizers.mesh_tokens import (
@@ -25,7 +25,6 @@ from genkit.tokenizers.mesh_tokens import (
     SPECIALS,
     AdjacentTokens,
     FaceTokens,
-    boxed,
     canonical,
     dequantised,
     quantised,
@@ -68,7 +67,7 @@ def _write(
     net: MeshTransformer, prefix: Tensor, count: int, sampling: TokenSampling, uniforms: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Write up to `count` ids without grammar until all rows have ended; return them, and raw and filtered logits."""
-    writer, raw, filtered = TokenWriter(net, prefix), [], []
+    writer, raw, filtered = SequenceWriter(net, prefix), [], []
     is_done = torch.zeros(len(prefix), dtype=torch.bool, device=prefix.device)
     for t in range(count):
         logits = writer.logits()
@@ -205,7 +204,7 @@ def v1(case: Case) -> dict[str, Tensor]:
         results: dict[str, Tensor] = {"point_feature": features.tokens, "prefix_embeds": prefix}
         results |= _decoded(decoder, inputs["codes"], features)
         results["prefix_logits"] = net(ids[:, :0], prefix).logits
-        writer, logits = TokenWriter(net, prefix), []
+        writer, logits = SequenceWriter(net, prefix), []
         for column in ids.T:
             logits.append(writer.logits())
             writer.push(column)
@@ -277,7 +276,7 @@ def v2_official_size(case: Case) -> dict[str, Tensor]:
     with torch.no_grad():
         features = encoder(inputs["pc_normal"])
         prefix = net.prefix(features)
-        writer, logits = TokenWriter(net, prefix), []
+        writer, logits = SequenceWriter(net, prefix), []
         for column in inputs["tokens"].T:
             logits.append(writer.logits())
             writer.push(column)
@@ -335,7 +334,7 @@ def mesh_tokens(case: Case) -> dict[str, Tensor]:
     bins = config["n_discrete"]
     results: dict[str, Any] = {}
     for name in config["meshes"]:
-        mesh = canonical(quantised(boxed(arrays[f"{name}.vertices"]), bins), arrays[f"{name}.faces"])
+        mesh = canonical(quantised(centred_box(arrays[f"{name}.vertices"]), bins), arrays[f"{name}.faces"])
         layout = AdjacentTokens(bins)
         tokens = layout.encode(mesh)
         triangles = layout.decode(tokens).triangles

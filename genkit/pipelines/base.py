@@ -165,6 +165,11 @@ class GenPipeline(DiffusionPipeline):
         for name in names:
             choose(name, self._callback_tensor_inputs, "callback_on_step_end_tensor_inputs entry")
 
+    def weight_bytes(self) -> int:
+        """Return the bytes of all components' weights."""
+        modules = [part for part in self.components.values() if isinstance(part, nn.Module)]
+        return sum(t.numel() * t.element_size() for module in modules for t in [*module.parameters(), *module.buffers()])
+
     @classmethod
     def complete(cls, components: dict[str, Any]) -> dict[str, Any]:
         """Return the components of an official checkpoint with those added that follow from them (a scheduler, say)."""

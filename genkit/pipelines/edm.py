@@ -166,15 +166,14 @@ class ConditionedPipeline(GenPipeline):
             guidance: whether guidance is used.
             samples_at_once: as in a call.
         """
-        modules = [item for item in self.components.values() if isinstance(item, torch.nn.Module)]
-        weights = sum(t.numel() * t.element_size() for module in modules for t in [*module.parameters(), *module.buffers()])
         group = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device)) * (2 if guidance else 1)
         h, w = self.image_size
         picture, patch = self.unet.config["in_channels"] * h * w, self.unet.config["patch_size"]
         network, size = self.unet.unet, self.unet.unet.map_layer0.weight.element_size()
         top = max(block.weight.shape[0] for block in network.enc.values() if isinstance(block, torch.nn.Conv2d))
         inside = group * size * (h // patch) * (w // patch) * top * (8 + len(network.enc))  # skips, and what a block holds at once
-        return MemoryEstimate(weights=weights, sampling=int(inside + 8 * 6 * num_images * picture), decoding=4 * 3 * num_images * picture)
+        sampling = int(inside + 8 * 6 * num_images * picture)
+        return MemoryEstimate(weights=self.weight_bytes(), sampling=sampling, decoding=4 * 3 * num_images * picture)
 
 
 class EDMPipeline(ConditionedPipeline):

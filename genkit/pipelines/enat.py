@@ -320,8 +320,6 @@ class ENATPipeline(GenPipeline):
             samples_at_once: as in a call.
         """
         net, config = self.transformer, self.transformer.config
-        modules = [item for item in self.components.values() if isinstance(item, torch.nn.Module)]
-        weights = sum(t.numel() * t.element_size() for module in modules for t in [*module.parameters(), *module.buffers()])
         size, dim, branches = next(net.parameters()).element_size(), config["hidden_size"], 2 if guidance else 1
         blocks = config["num_encoder_layers"] + config["num_decoder_layers"]
         tokens = net.num_tokens + (min(self.tokenizer.model_max_length, 512) if self.is_text_model else 0)
@@ -336,7 +334,7 @@ class ENATPipeline(GenPipeline):
         per_picture = net.num_tokens * 4 * max(tower["dim"], tower["mlp_dim"]) + 28 * picture
         chunk = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device), DECODE_AT_ONCE)
         return MemoryEstimate(
-            weights=weights,
+            weights=self.weight_bytes(),
             sampling=int(size * (context + kept + inside) + logits),
             decoding=int(4 * num_images * picture * 3 + next(self.vqvae.parameters()).element_size() * chunk * per_picture),
         )

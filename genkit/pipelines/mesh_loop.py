@@ -76,22 +76,21 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(found, last)
 
 
-class TokenWriter:
+class SequenceWriter:
     """Sequences of one length behind their prefixes, and the caches of what is evaluated.
 
     Args:
         transformer: the network.
         prefix: [b, m, d].
-        ids: [b, t] that are there already; none if None.
 
     Attributes:
         ids: [b, t] all ids.
         evaluations: calls of the network so far.
     """
 
-    def __init__(self, transformer: MeshTransformer, prefix: Tensor, ids: Tensor | None = None) -> None:
+    def __init__(self, transformer: MeshTransformer, prefix: Tensor) -> None:
         self.transformer, self.prefix, self.stepper = transformer, prefix, MeshStepper(transformer)
-        self.ids = torch.zeros(len(prefix), 0, dtype=torch.long, device=prefix.device) if ids is None else ids
+        self.ids = torch.zeros(len(prefix), 0, dtype=torch.long, device=prefix.device)
         self.most = int(transformer.config["num_points"]) + int(transformer.config["max_tokens"])
         self.cache: MeshCaches | None = None
         self.places = self.done = 0  # rows in the caches, ids that are in them
@@ -216,8 +215,7 @@ class _Group:
         self.uniforms = torch.zeros(len(rows), 0)
         self.grammars = [run.grammar() for _ in rows]
         self.places = list(range(len(rows)))  # of the rows in `streams` and `grammars`
-        device = run.prefixes.device
-        self.writer = TokenWriter(run.transformer, run.prefixes[rows], torch.zeros(len(rows), 0, dtype=torch.long, device=device))
+        self.writer = SequenceWriter(run.transformer, run.prefixes[rows])
         for column in ids.T:
             if self.rows:
                 self.push(column[self.rows])
@@ -242,18 +240,16 @@ class _Group:
 
     def choose(self, t: int) -> Tensor:
         """Return the next ids [r], the t-th of their sequences."""
-        forced = [None if grammar is None else grammar.forced() for grammar in (self.grammars[place] for place in self.places)]
-        certain = [token for token in forced if token is not None]
-        if len(certain) == len(forced):
-            return torch.tensor(certain)
-        logits = self.writer.logits().cpu()
-        sampling = self.run.sampling
-        for i, grammar in enumerate(self.grammars[place] for place in self.places):
-            if grammar is None:
-                continue
-            if sampling.face_target is not None:
-                logits[i, EOS] += sampling.face_bias * (grammar.faces / sampling.face_target - 1)
-            logits[i, torch.from_numpy(~grammar.legal())] = -torch.inf
+        grammars = [self.grammars[place] for place in self.places]
+        legal = np.stack([grammar.legal() for grammar in grammars if grammar is not None]) if self.run.use_grammar else None
+        if legal is not None and (legal.sum(1) == 1).all():
+            return torch.from_numpy(legal.argmax(1))
+        logits, sampling = self.writer.logits().cpu(), self.run.sampling
+        if sampling.face_target is not None:
+            faces = torch.tensor([grammar.faces for grammar in grammars if grammar is not None])
+            logits[:, EOS] += sampling.face_bias * (faces / sampling.face_target - 1)
+        if legal is not None:
+            logits = logits.masked_fill(torch.from_numpy(~legal), -torch.inf)
         if not sampling.do_sample:
             return logits.argmax(-1)
         while self.uniforms.shape[1] <= t:
@@ -290,7 +286,7 @@ def loop(run: MeshRun, seeds: list[int], state: MeshStepState | None = None) -> 
         yield state
         if state.sample.shape != (count, t + 1):
             raise ValueError(f"the loop's sample must stay [{count}, {t + 1}], got {list(state.sample.shape)}.")
-        buffer[:, : t + 1] = state.sample.clone()
+        buffer[:, : t + 1] = state.sample
         for group in active:
             group.push(buffer[group.rows, t])
 

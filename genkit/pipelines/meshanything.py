@@ -30,7 +30,7 @@ from genkit.pipelines.mesh_loop import MeshRun, MeshStepState, TokenSampling, lo
 from genkit.pipelines.outputs import MemoryEstimate
 from genkit.pipelines.seeds import Seeds, resolve_seeds
 from genkit.pipelines.surface_shell import surface_shell
-from genkit.tokenizers.mesh_tokens import ON_ILLEGAL, SPECIALS, DecodedMesh, canonical, dequantised
+from genkit.tokenizers.mesh_tokens import ON_ILLEGAL, SPECIALS, DecodedMesh, canonical
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder, PointFeatures
 
@@ -217,7 +217,8 @@ class MeshAnythingPipeline(GenPipeline):
             ValueError: for what cannot be used.
         """
         if state is not None:
-            if shape is not None or sampling is not None:
+            others = (shape, max_faces, max_tokens, sampling, shell_depth, generator, samples_at_once)
+            if any(item is not None for item in others) or not use_grammar:
                 raise ValueError("iterate(state=...) goes on with the settings of the saved loop; leave shape and other arguments out.")
             return loop(state.run, state.seeds, state)
         if shape is None:
@@ -276,11 +277,12 @@ class MeshAnythingPipeline(GenPipeline):
         if (faces is not None and faces < 1) or limit < MOST_TOKENS_PER_FACE + 1:
             least = MOST_TOKENS_PER_FACE + 1
             raise ValueError(f"max_faces must be at least 1 and max_tokens {least} (one face), got {faces} and {limit}.")
-        most = self.vq_model.config["num_faces"] if self.vq_model is not None else None
-        if most is not None and limit > 9 * most + 2:
-            if max_faces is not None and max_faces > most:
-                raise ValueError(f"this model's mesh decoder takes {most} faces, got max_faces={max_faces}.")
-            limit = 9 * most + 2
+        if self.vq_model is not None:
+            most = self.vq_model.config["num_faces"]
+            if (max_faces or 0) > most or (max_tokens or 0) > 9 * most + 2:
+                given = f"max_faces={max_faces}, max_tokens={max_tokens}"
+                raise ValueError(f"this model's mesh decoder takes {most} faces, {9 * most + 2} ids, got {given}.")
+            limit = min(limit, 9 * most + 2)
         at_once = samples_at_once_or_default(samples_at_once, self._execution_device)
         dtype, device = self.point_encoder.query.dtype, self._execution_device
         encoded = [self.point_encoder(torch.from_numpy(cloud.points[None]).to(device, dtype)) for cloud in clouds]
@@ -292,7 +294,11 @@ class MeshAnythingPipeline(GenPipeline):
 
     @torch.no_grad()
     def decode(self, sample: Tensor, features: PointFeatures | None = None, on_illegal: str = "repair") -> list[DecodedMesh]:
-        """Return the triangles of ids [b, t]; those of codes need the features of the shapes."""
+        """Return the triangles of ids [b, t]; those of codes need the features of the shapes.
+
+        Raises:
+            ValueError: for an illegal sequence, if asked to.
+        """
         if self.vq_model is None:
             return [self.transformer.tokens.decode(tokens, on_illegal) for tokens in sequences(sample)]
         assert features is not None, "codes are decoded with the shape"
@@ -304,7 +310,10 @@ class MeshAnythingPipeline(GenPipeline):
             steps = self.vq_model.decode(codes[i : i + 1], own).steps[0].cpu().numpy()
             whole = steps[(steps >= 0).all(axis=(1, 2))]
             rest = int((codes[i] >= 0).sum()) - 9 * len(whole)
-            found.append(DecodedMesh(whole, rest, "there is no face" if not len(whole) else f"{rest} codes stand alone" if rest else ""))
+            problem = "there is no face" if not len(whole) else f"{rest} codes stand alone" if rest else ""
+            if problem and on_illegal == "raise":
+                raise ValueError(f"illegal sequence: {problem}; on_illegal='repair' leaves the rest out and counts it.")
+            found.append(DecodedMesh(whole, rest, problem))
         return found
 
     def preview(self, state: MeshStepState) -> list[trimesh.Trimesh | None]:
@@ -324,9 +333,6 @@ class MeshAnythingPipeline(GenPipeline):
 
         bins = self.transformer.config["bins"] if self.vq_model is None else self.vq_model.config["bins"]
         corners = decoded.triangles.reshape(-1, 3)
-        if not np.issubdtype(corners.dtype, np.integer):  # the released code's first triangle lies between steps
-            mesh = trimesh.Trimesh(dequantised(corners, bins), np.arange(len(corners)).reshape(-1, 3), process=True)
-            return mesh, canonical(np.round(corners).astype(np.int64), np.arange(len(corners)).reshape(-1, 3))
         clean = canonical(corners, np.arange(len(corners)).reshape(-1, 3))
         return trimesh.Trimesh(clean.positions(bins), clean.faces, process=False), clean
 
@@ -350,10 +356,8 @@ class MeshAnythingPipeline(GenPipeline):
         faces = self.config["max_faces"] if max_faces is None else max_faces
         tokens = config["max_tokens"] if faces is None else min(config["max_tokens"], faces * MOST_TOKENS_PER_FACE + 2)
         cache = 2 * config["depth"] * config["width"] * (config["num_points"] + tokens) * like.element_size()
-        weights = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
-        total = sum(t.numel() * t.element_size() for module in weights for t in module.state_dict().values())
         encoding = self.config["num_points"] * self.point_encoder.config["width"] * 4 * like.element_size()
-        return MemoryEstimate(total, sampling=int(num_meshes * cache), decoding=int(encoding))
+        return MemoryEstimate(self.weight_bytes(), sampling=int(num_meshes * cache), decoding=int(encoding))
 
 
 def as_shapes(shape: MeshPrompt | Sequence[MeshPrompt]) -> list[Any]:

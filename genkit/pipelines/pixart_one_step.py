@@ -143,15 +143,13 @@ class PixArtOneStepPipeline(GenPipeline):
 
     def estimate_memory(self, num_images: int = 1, *, samples_at_once: int | None = None) -> MemoryEstimate:
         """Estimate the peak memory of a call before it runs; see the other pipelines."""
-        modules = [item for item in self.components.values() if isinstance(item, torch.nn.Module)]
-        weights = sum(t.numel() * t.element_size() for module in modules for t in [*module.parameters(), *module.buffers()])
         group = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device))
         (h, w), config = self.image_size, self.transformer.config
         tokens, width = (config["sample_size"] // config["patch_size"]) ** 2, config["num_attention_heads"] * config["attention_head_dim"]
         size = next(self.transformer.parameters()).element_size()
         top = self.vae.config["block_out_channels"][0]
         decoding = group * h * w * top * 4 * size + num_images * 3 * h * w * 4
-        return MemoryEstimate(weights=weights, sampling=group * tokens * width * 12 * size, decoding=decoding)
+        return MemoryEstimate(weights=self.weight_bytes(), sampling=group * tokens * width * 12 * size, decoding=decoding)
 
 
 @torch.no_grad()

@@ -108,8 +108,3 @@ class ShapePipelineBase(GenPipeline):
         chunk = num_chunks * width * (3 + config["head_mlp_ratio"]) * 4
         near = 24 * resolution**2 * 28  # points near the surface, with keys, values and their sorting
         return int(chunk + near)
-
-    def weight_bytes(self) -> int:
-        """Return the bytes of all components' weights."""
-        modules = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
-        return sum(t.numel() * t.element_size() for module in modules for t in module.state_dict().values())

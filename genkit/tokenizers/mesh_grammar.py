@@ -10,7 +10,6 @@ Letters: k ids of the model.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -80,10 +79,6 @@ class MeshGrammar:
     def break_id(self) -> int:
         """The id between strips."""
         return SPECIALS + self._values
-
-    def copy(self) -> MeshGrammar:
-        """Return an independent copy."""
-        return copy.deepcopy(self)
 
     def legal(self) -> NDArray[np.bool_]:
         """Return which ids may come next, [k]; never none."""

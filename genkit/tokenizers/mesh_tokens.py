@@ -3,7 +3,7 @@
 A mesh is quantised to `bins` steps a side, brought into one canonical order, and written either face by face (9 coordinates each) or as
 strips in which every further face costs one vertex: adjacent mesh tokenization (Chen et al. 2024, MeshAnything V2, arXiv 2408.02555).
 
-- linear in the number of faces: 2 ms for 1,600, where the published code takes 0.6 s
+- linear in the number of faces: `eval/benchmark.py mesh_tokens`
 - what quantising merges, flattens and doubles is counted; illegal sequences raise, are repaired and counted, or read as released
 
 Letters: v vertices, f faces, n tokens.
@@ -52,22 +52,6 @@ class CanonicalMesh:
     def positions(self, bins: int = BINS) -> NDArray[np.float64]:
         """Return vertex positions [v, 3] in [-0.5, 0.5)."""
         return dequantised(self.vertices, bins)
-
-
-def boxed(vertices: NDArray[Any]) -> NDArray[np.float64]:
-    """Return vertices [v, 3] with their box centred and its longest side 1.
-
-    Raises:
-        ValueError: for numbers that are not finite, or no extent.
-    """
-    positions = np.asarray(vertices, np.float64)
-    if not len(positions) or not np.isfinite(positions).all():
-        raise ValueError(f"a mesh to be written as tokens needs finite vertices, got {len(positions)} of which some are not finite.")
-    low, high = positions.min(0), positions.max(0)
-    side = (high - low).max()
-    if not side > 0:
-        raise ValueError("the mesh has no extent: all vertices are in one place.")
-    return ((positions - (low + high) / 2) / side).clip(-0.5, 0.5)
 
 
 def quantised(positions: NDArray[np.float64], bins: int = BINS) -> NDArray[np.int64]:
@@ -140,13 +124,12 @@ class DecodedMesh:
     """Triangles that a sequence stands for.
 
     Args:
-        triangles: [f, 3, 3] int64 steps, in the order of the sequence. Floats where a sequence was read as released: an empty
-            one then gives a triangle between steps.
+        triangles: [f, 3, 3] int64 steps, in the order of the sequence.
         dropped: tokens that made no face.
         problem: what was wrong with the sequence; "" if nothing.
     """
 
-    triangles: NDArray[Any]
+    triangles: NDArray[np.int64]
     dropped: int = 0
     problem: str = ""
 
@@ -256,7 +239,7 @@ class AdjacentTokens(TokenLayout):
             whole = rows[np.isfinite(rows).all(axis=(1, 2))]
             read = lengths[: int(wrong[0]) + 1] if wrong.size else lengths
             used = np.where(read < 9, 0, read - read % 3).sum()
-            return DecodedMesh((whole + 0.5) * self.bins, int(lengths.sum() - used), problem)
+            return DecodedMesh(np.round((whole + 0.5) * self.bins).astype(np.int64), int(lengths.sum() - used), problem)
         kept = np.where(is_short, 0, lengths // 3)
         index = _window_index(starts, kept)
         triangles = array[index].reshape(-1, 3, 3)

@@ -90,6 +90,8 @@ class TrainConfig:
         _require("warmup", self.warmup, self.warmup <= self.steps, f"at most train.steps={self.steps}")
         for key in ("lr_floor", "warmup_first"):
             _require(key, getattr(self, key), 0 <= getattr(self, key) <= 1, "in [0, 1]")
+        is_used = self.schedule == "whole_cosine" or self.warmup_first == 0
+        _require("warmup_first", self.warmup_first, is_used, "0 for schedules other than whole_cosine")
         _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
         _require("ema_device", self.ema_device, self.ema_device in ("same", "cpu"), "same or cpu")
         _require("evaluate", self.evaluate, not self.evaluate_every or self.evaluate is not None, "given where train.evaluate_every is")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from genkit import convert
 from genkit.convert import mesh_vq, meshanything, michelangelo
 from genkit.pipelines.base import GenPipeline
-from genkit.pipelines.mesh_loop import TokenSampling, TokenWriter, inverse_cdf, sequences
+from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, inverse_cdf, sequences
 from genkit.pipelines.meshanything import MeshAnythingPipeline, turned_faces
 from genkit.pipelines.surface_shell import surface_shell
 from genkit.tokenizers.mesh_tokens import EOS
@@ -84,8 +84,9 @@ def test_a_loop_goes_on_from_a_saved_state_and_from_a_changed_id(pipe: MeshAnyth
     illegal.sample[0, -1] = EOS
     with pytest.raises(ValueError, match="cannot stand"):
         next(pipe.iterate(state=illegal))
-    with pytest.raises(ValueError, match="leave shape"):
-        pipe.iterate(BOX, state=illegal)
+    for given in ({"shape": BOX}, {"max_faces": 3}, {"use_grammar": False}):
+        with pytest.raises(ValueError, match="leave shape"):
+            pipe.iterate(state=illegal, **given)  # type: ignore[arg-type]
 
 
 def test_callbacks_see_and_change_the_ids(pipe: MeshAnythingPipeline) -> None:
@@ -118,7 +119,7 @@ def test_the_cache_grows_without_changing_anything(monkeypatch: pytest.MonkeyPat
     logits = []
     for first in (1024, 6):
         monkeypatch.setattr("genkit.pipelines.mesh_loop.FIRST_CACHE", first)
-        writer = TokenWriter(model, prefix)
+        writer = SequenceWriter(model, prefix)
         for token in range(20):
             logits.append(writer.logits())
             writer.push(torch.tensor([token + 3, token + 4]))
@@ -179,8 +180,14 @@ def test_codes_become_faces() -> None:
     pipe = mesh_pipeline(codes=True)
     out = pipe(BOX, do_sample=True, generator=2)
     assert 1 <= out.reports[0].faces <= 6 and len(out.tokens[0]) % 9 == 0
-    with pytest.raises(ValueError, match="takes 6 faces, got max_faces=7"):
-        pipe(BOX, max_faces=7)
+    for options in ({"max_faces": 7}, {"max_tokens": 57}):
+        with pytest.raises(ValueError, match="takes 6 faces, 56 ids, got"):
+            pipe(BOX, **options)  # type: ignore[arg-type]
+    ids = torch.tensor([[0, *range(3, 9), *range(3, 9), 1]])
+    features = pipe.point_encoder(torch.from_numpy(CLOUD[None]).float())
+    assert pipe.decode(ids, features)[0].dropped == 0 and pipe.decode(ids[:, :9], features)[0].problem == "there is no face"
+    with pytest.raises(ValueError, match="illegal sequence: there is no face"):
+        pipe.decode(ids[:, :9], features, "raise")
     with pytest.raises(ValueError, match="no preview"):
         pipe.preview(next(iter(pipe.iterate(BOX))))
 
