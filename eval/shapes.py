@@ -59,7 +59,7 @@ class Row:
 def inside(mesh: Any, points: Tensor) -> Tensor:
     """Return which points [q] lie in a closed mesh."""
     corners, faces = torch.from_numpy(np.array(mesh.vertices)), torch.from_numpy(np.array(mesh.faces))
-    return winding_numbers(points, corners, faces, torch.float32) > 0.5
+    return winding_numbers(points, corners, faces) > 0.5
 
 
 def figures(points: Tensor, surface: Tensor, truths: list[Tensor], queries: list[Tensor], mesh: Any) -> dict[str, float]:

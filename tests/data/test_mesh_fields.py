@@ -17,7 +17,7 @@ def test_distances_to_triangles_are_exact() -> None:
     triangle = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]])
     points = torch.tensor([[0.2, 0.2, 0.5], [-1.0, 0, 0], [0.5, -2.0, 0], [1.0, 1.0, 0], [2.0, 0, 1.0], [0.1, 0.1, 0.0]])
     expected = torch.tensor([0.5, 1.0, 2.0, 0.5**0.5, 2.0**0.5, 0.0])
-    torch.testing.assert_close(triangle_distances(points, triangle), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(triangle_distances(points, triangle), expected, rtol=0, atol=1e-6)
     assert triangle_distances(points, triangle[:0]).isinf().all()
 
 
@@ -26,7 +26,7 @@ def test_the_field_of_a_box_is_its_signed_distance() -> None:
     q = points.abs() - torch.tensor([0.5, 0.25, 0.75])
     expected = -(q.clamp_min(0).norm(dim=1) + q.amax(1).clamp_max(0))
     found = MeshField.of(trimesh.creation.box((1, 0.5, 1.5)))(points)
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_overlapping_parts_have_no_inner_walls() -> None:
@@ -43,7 +43,7 @@ def test_open_sheets_become_plates_and_open_boxes_keep_their_inside() -> None:
     sheet = trimesh.Trimesh([[-1, 0, -1], [1, 0, -1], [1, 0, 1], [-1, 0, 1]], [[0, 1, 2], [0, 2, 3]], process=False)
     field = MeshField.of(sheet, thickness=0.1)
     heights = torch.tensor([[0.0, y, 0.0] for y in (0.0, 0.04, 0.06, 0.5)])
-    torch.testing.assert_close(field(heights), torch.tensor([0.05, 0.01, -0.01, -0.45]), rtol=0, atol=2e-3)
+    torch.testing.assert_close(field(heights), torch.tensor([0.05, 0.01, -0.01, -0.45]), rtol=0, atol=1e-6)
     box = trimesh.creation.box((1, 1, 1))
     open_box = trimesh.Trimesh(box.vertices, box.faces[:-2], process=False)  # one side is missing
     assert float(MeshField.of(open_box)(torch.tensor([[0.0, 0.0, 0.0]]))) > 0
