@@ -31,7 +31,7 @@ from genkit.eval.assets import bootstrap_mean
 from genkit.eval.clips import FrameFeatures
 from genkit.eval.features import FeatureNetwork
 from genkit.eval.frechet import GaussianStatistics, frechet_distance
-from genkit.eval.prediction import METRICS, blend, prediction_metrics
+from genkit.eval.prediction import METRICS, blend, prediction_metrics, restoration_metrics
 from genkit.schedulers.named import on_the_chain_of
 from genkit.tasks._clips import training_clips
 
@@ -102,14 +102,6 @@ def task_masks(frames: int, side: int) -> dict[str, Tensor]:
     return dict(zip(("animate", "predict", "interpolate", "complete"), hidden, strict=True))
 
 
-def scores(made: Tensor, truth: Tensor, mask: Tensor) -> dict[str, float]:
-    """Return the PSNR over what was made and the SSIM over the frames that hold it, of one clip [f, 3, h, w]."""
-    error = ((made.clamp(-1, 1) - truth) / 2).square().mean(1)[mask].mean()
-    rows = mask.flatten(1).any(1)
-    ssim = prediction_metrics(made[None, rows], truth[None, rows])["ssim"].mean()
-    return {"psnr": float(-10 * error.log10()), "ssim": float(ssim)}
-
-
 def turntables(args: argparse.Namespace) -> None:
     """Print the table of tasks, and the distance of generated clips."""
     pipe: Any = GenPipeline.from_pretrained(args.model)
@@ -134,8 +126,8 @@ def turntables(args: argparse.Namespace) -> None:
         for name, method in methods.items():
             if args.predictor is not None and name == label(args.predictor) and task != "predict":
                 continue
-            found = [scores(method(i, mask), truth[i], mask) for i in range(count)]
-            cells = [bootstrap_mean(torch.tensor([row[key] for row in found]), list(range(count))) for key in ("psnr", "ssim")]
+            found = [restoration_metrics(method(i, mask), truth[i], mask) for i in range(count)]
+            cells = [bootstrap_mean(torch.stack([row[key] for row in found]), list(range(count))) for key in ("psnr", "ssim")]
             text = [
                 f"{cell.value:.{digits}f} [{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
                 for cell, digits in zip(cells, (2, 3), strict=True)

@@ -1,17 +1,21 @@
-r"""Put a trained text-to-picture pipeline into the package: half precision, its text encoder shared, sidecar and certificate.
+r"""Put a trained pipeline into the package: half precision, components that others have too shared, sidecar and certificate.
 
     python pipelines/package.py runs/enat_lowpoly/export enat-lowpoly --text text-lowpoly \
         --summary "text to 64x64 pictures of low-poly game assets" --licence Apache-2.0 --prompt "a wooden table" --prompt "a tree"
+    python pipelines/package.py runs/vdt-lowpoly/export vdt-lowpoly --text text-lowpoly --share vae=enat-lowpoly/vqvae \
+        --summary "turntables of game assets from text, pictures or clips" --prompt "a treasure chest" --per-prompt 1
 
-Writes `genkit/pretrained/<name>`. With --text, text encoder and tokenizer lie in `genkit/pretrained/<text>`, which other models share: they
-are written if they are not there, else they have to be the same.
+Writes `genkit/pretrained/<name>`. Components of --share, and with --text the text encoder and tokenizer, lie in folders below
+`genkit/pretrained` that several models name: they are written if they are not there, else they have to be the same.
 Existing weights are replaced; a README.md (the model card) in the folder is kept.
 """
 
 import argparse
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,8 +26,7 @@ from genkit.parity import certificate
 from genkit.paths import pretrained_dir
 from genkit.weights import read_safetensors
 
-SHARED = ("text_encoder", "tokenizer")
-PROMPT_SEEDS = (1, 2)
+TEXT = ("text_encoder", "tokenizer")
 
 
 def share(part: Path, place: Path) -> None:
@@ -32,30 +35,31 @@ def share(part: Path, place: Path) -> None:
     Raises:
         SystemExit: if other models use another one.
     """
-    weights = "model.safetensors"
     if not place.is_dir():
         shutil.copytree(part, place)
-    elif (part / weights).is_file():
-        mine, theirs = (read_safetensors(folder / weights) for folder in (part, place))
+        return
+    for file in part.glob("*.safetensors"):
+        mine, theirs = (read_safetensors(folder / file.name) for folder in (part, place))
         if mine.keys() != theirs.keys() or any(not torch.equal(mine[key], theirs[key]) for key in mine):
-            raise SystemExit(f"{place} holds other weights than {part}, and other models use them; choose another --text.")
+            raise SystemExit(f"{place} holds other weights than {part.name} of this pipeline, and other models use them; choose another.")
 
 
-def settings(texts: list[str], known: dict[str, object]) -> dict[str, object]:
+def settings(option: str, texts: list[str], known: Iterable[str]) -> dict[str, Any]:
     """Return NAME=VALUE texts as a dictionary.
 
     Args:
+        option: that they were given to.
         texts: as typed.
-        known: settings that exist.
+        known: names that exist.
 
     Raises:
         SystemExit: if a text has no "=", or names a setting that does not exist.
     """
-    found = {}
+    found, names = {}, [name for name in known if not name.startswith("_")]
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals or name not in known or name.startswith("_"):
-            raise SystemExit(f"--scheduler {text}: write NAME=VALUE with one of {', '.join(n for n in known if not n.startswith('_'))}.")
+        if not equals or name not in names:
+            raise SystemExit(f"{option} {text}: write NAME=VALUE with one of {', '.join(names)}.")
         found[name] = yaml.safe_load(value)
     return found
 
@@ -66,23 +70,27 @@ def main() -> None:
     parser.add_argument("export", help="folder of a trained pipeline")
     parser.add_argument("name", help="name below genkit/pretrained")
     parser.add_argument("--text", help="folder below genkit/pretrained for the shared text encoder and tokenizer")
+    parser.add_argument("--share", action="append", default=[], metavar="COMPONENT=FOLDER", help="shared component; may be repeated")
     parser.add_argument("--summary", required=True, help="what `genkit list` says")
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights, an SPDX identifier")
     parser.add_argument("--prompt", action="append", default=[], help="prompt of the certificate; may be repeated")
+    parser.add_argument("--per-prompt", type=int, default=2, help="pictures or clips of each such prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="default number of sampling steps")
     parser.add_argument("--guidance-scale", type=float, help="default guidance")
     parser.add_argument("--scheduler", action="append", default=[], metavar="NAME=VALUE", help="setting of the scheduler; may be repeated")
     args = parser.parse_args()
     pipe = GenPipeline.from_pretrained(args.export)
     if args.scheduler:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **settings(args.scheduler, dict(pipe.scheduler.config)))
+        changed = settings("--scheduler", args.scheduler, pipe.scheduler.config)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
     defaults = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())
     memory = pipe.estimate_memory(4).peak / 1e6
     pipe.to(torch.float16)
-    shared = {part: f"{args.text}/{part}" for part in SHARED} if args.text else {}
+    shared = {part: f"{args.text}/{part}" for part in TEXT} if args.text else {}
+    shared |= settings("--share", args.share, pipe.components)
     folder = pretrained_dir() / args.name
     with tempfile.TemporaryDirectory() as whole:
         pipe.save_pretrained(whole)
@@ -99,7 +107,8 @@ def main() -> None:
             shutil.copy(Path(kept) / "README.md", card)
     write_sidecar(folder, summary=args.summary, licence=args.licence, parameters=parameters, memory_mb=round(memory))
     if args.prompt:
-        calls = [{"prompt": prompt, "num_images_per_prompt": len(PROMPT_SEEDS), "generator": list(PROMPT_SEEDS)} for prompt in args.prompt]
+        seeds = list(range(1, args.per_prompt + 1))
+        calls = [{"prompt": prompt, "num_images_per_prompt": len(seeds), "generator": seeds} for prompt in args.prompt]
         certificate.write(folder, calls)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {parameters / 1e6:.2f} M parameters, {size / 1e6:.2f} MB without what it shares")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "make, continue, interpolate, animate and complete clips"
 
+DEFAULT_MODEL = "genkit/vdt-lowpoly"
 WORDS = ("generate", "predict", "backward", "interpolate", "animate", "complete")
 SUFFIXES = (".gif", ".webp", ".png", ".mp4", ".webm", ".mov", ".mkv", ".avi", "")
 COLUMNS = 16  # frames in a row of the sheet
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("prompt", nargs="?", help="what to show, for models that take text or classes; quote it")
-    add("--model", required=True, help="packaged name, folder or official file, see `genkit list`")
+    add("--model", default=DEFAULT_MODEL, help="packaged name, folder or official file, see `genkit list` (default: %(default)s)")
     add("--frames", type=Path, metavar="PATH", help="what is given: a picture, GIF, WebP, film (extra `video`) or folder of frames")
     add("--task", choices=WORDS, help="what to do with the frames (default: predict with --frames, generate without)")
     add("--mask", type=Path, metavar="PATH", help="for complete: picture or clip, white is made anew; a picture holds for all frames")

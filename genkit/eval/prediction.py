@@ -16,6 +16,7 @@ from genkit.checks import check_shape
 from genkit.eval.reconstruction import WINDOWS, ssim_maps
 
 METRICS = ("mse", "mae", "psnr", "ssim", "ssim-openstl")
+ROUNDING = 1 / (12 * 255**2)  # mean squared error of rounding values in [0, 1] to 8 bits
 
 
 def prediction_metrics(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
@@ -38,6 +39,27 @@ def prediction_metrics(predicted: Tensor, truth: Tensor) -> dict[str, Tensor]:
     for name, window in (("ssim", "skimage"), ("ssim-openstl", "openstl")):
         found[name] = ssim_maps(x, y, WINDOWS[window])[0].mean((1, 2, 3))
     return {name: values.view(sizes["b"], sizes["f"]) for name, values in found.items()}
+
+
+def restoration_metrics(made: Tensor, truth: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Return every metric of `METRICS` for one clip in which something was made, 0-d float64: PSNR over what was made, at most that of
+    rounding to 8 bits (58.9 dB); the others over the frames that hold some of it.
+
+    Args:
+        made, truth: [f, c, h, w], about [-1, 1].
+        mask: [f, h, w] bool, True = was made.
+
+    Raises:
+        ValueError: if nothing was made, shapes differ, or frames are smaller than SSIM's window of 7.
+    """
+    sizes = check_shape(truth, "restoration_metrics: truth", "f c h w")
+    check_shape(mask, "restoration_metrics: mask", "f h w", f=sizes["f"], h=sizes["h"], w=sizes["w"])
+    rows = mask.flatten(1).any(1)
+    if not bool(rows.any()):
+        raise ValueError("restoration_metrics: the mask is False everywhere, so nothing was made.")
+    found = {name: values.mean() for name, values in prediction_metrics(made[None, rows], truth[None, rows]).items()}
+    error = ((made.double().clamp(-1, 1) - truth.double().clamp(-1, 1)) / 2).square().mean(1)[mask].mean()
+    return {**found, "psnr": -10 * error.clamp_min(ROUNDING).log10()}
 
 
 def nearest_given(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,9 +81,13 @@ class VDTStepState(StepState):
 
     Args:
         run: the settings of the loop.
+        scheduler: as this step left it, with what it remembers of earlier ones.
+        draws: states of the samples' generators after this step.
     """
 
     run: VDTRun = field(repr=False)
+    scheduler: Any = field(repr=False)
+    draws: list[Tensor] = field(repr=False)
 
     @property
     def composed(self) -> Tensor:
@@ -91,7 +95,7 @@ class VDTStepState(StepState):
         return torch.where(self.run.mask[:, :, None], self.sample, self.run.given.to(self.sample))
 
     def clone(self) -> VDTStepState:
-        """Return a copy."""
+        """Return a copy to go on from later with `iterate(state=...)`."""
         return replace(self, sample=self.sample.clone())
 
 
@@ -298,15 +302,28 @@ class VDTPipeline(GenPipeline):
         num_images_per_prompt: int = 1,
         generator: Seeds = None,
         samples_at_once: int | None = None,
+        state: VDTStepState | None = None,
     ) -> Generator[VDTStepState, None, None]:
         """Run the loop of one window step by step, without gradients; arguments as in a call.
+
+        Args:
+            prompt, frames, mask, num_frames, num_inference_steps, guidance_scale, num_images_per_prompt, generator, samples_at_once: as in
+                a call.
+            state: one of the states that a loop yielded, or a `clone()` of it, to go on from: then nothing else is given.
 
         Yields:
             The state after each step. The loop goes on from its `sample`; `close()` cancels.
 
         Raises:
-            ValueError: for what does not fit together.
+            ValueError: for what does not fit together, a state with other arguments, or one after its last step.
         """
+        if state is not None:
+            others = (prompt, frames, mask, num_frames, num_inference_steps, guidance_scale, generator, samples_at_once)
+            if any(item is not None for item in others) or num_images_per_prompt != 1:
+                raise ValueError("iterate(state=...) goes on with the settings of the saved loop; leave prompt and other arguments out.")
+            if state.index + 1 >= state.num_steps:
+                raise ValueError(f"iterate(state=...): the state is after the last of {state.num_steps} steps; nothing is left to do.")
+            return self._loop(state.run, state.seeds, state)
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         own = 1.0 if prompt is None else self.config["guidance_scale"]
         scale = own if guidance_scale is None else guidance_scale
@@ -330,22 +347,29 @@ class VDTPipeline(GenPipeline):
         return self._loop(run, seeds)
 
     @torch.no_grad()
-    def _loop(self, run: VDTRun, seeds: list[int]) -> Generator[VDTStepState, None, None]:
-        """Yield after each step of the scheduler, whose tables are exact here."""
-        scheduler: Any = exact_tables(copy.deepcopy(self.scheduler))
-        scheduler.set_timesteps(run.steps)
+    def _loop(self, run: VDTRun, seeds: list[int], state: VDTStepState | None = None) -> Generator[VDTStepState, None, None]:
+        """Yield after each step of the scheduler, whose tables are exact here, from the start or from a saved state."""
         streams = SampleStreams(seeds)
-        sample = streams.normal(*run.given.shape[1:]).to(run.given) * scheduler.init_noise_sigma
+        if state is None:
+            scheduler: Any = exact_tables(copy.deepcopy(self.scheduler))
+            scheduler.set_timesteps(run.steps)
+            sample = streams.normal(*run.given.shape[1:]).to(run.given) * scheduler.init_noise_sigma
+        else:
+            scheduler, sample = copy.deepcopy(state.scheduler), state.sample
+            for stream, saved in zip(streams.generators, state.draws, strict=True):
+                stream.set_state(saved)
         learned = getattr(scheduler.config, "variance_type", None) in ("learned", "learned_range")
         draws = {"generator": streams.generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-        for index, timestep in enumerate(scheduler.timesteps):
+        first = 0 if state is None else state.index + 1
+        for index, timestep in enumerate(scheduler.timesteps[first:], first):
             scaled = scheduler.scale_model_input(sample, timestep)
             parts = [self._evaluate(run, scaled, timestep, slice(i, i + run.at_once)) for i in range(0, len(sample), run.at_once)]
             output = torch.cat(parts)
             output = output if learned else output[:, :, : sample.shape[2]]
             # channels in front of frames, where schedulers look for variances
             step = scheduler.step(output.transpose(1, 2), timestep, sample.transpose(1, 2), **draws).prev_sample.transpose(1, 2)
-            state = VDTStepState(index, len(scheduler.timesteps), float(timestep), step.to(sample.dtype), seeds, run)
+            saved = {"scheduler": copy.deepcopy(scheduler), "draws": [stream.get_state() for stream in streams.generators]}
+            state = VDTStepState(index, len(scheduler.timesteps), float(timestep), step.to(sample.dtype), seeds, run, **saved)
             yield state
             sample = state.sample
 
@@ -460,8 +484,6 @@ class VDTPipeline(GenPipeline):
             guidance: whether guidance is used.
             samples_at_once: as in a call.
         """
-        modules = [item for item in self.components.values() if isinstance(item, torch.nn.Module)]
-        weights = sum(t.numel() * t.element_size() for module in modules for t in [*module.parameters(), *module.buffers()])
         config, size = self.transformer.config, next(self.transformer.parameters()).element_size()
         tokens = config["num_frames"] * self.transformer.grid[0] * self.transformer.grid[1]
         rows = min(num_clips, samples_at_once_or_default(samples_at_once, self._execution_device)) * (2 if guidance else 1)
@@ -470,4 +492,4 @@ class VDTPipeline(GenPipeline):
         frame = 3 * height * width
         top = self.latents.decoding_bytes(height, width)
         decoding = 4 * num_clips * config["num_frames"] * frame * 2 + min(FRAMES_AT_ONCE, num_clips * config["num_frames"]) * top
-        return MemoryEstimate(weights=weights, sampling=int(inside), decoding=int(decoding))
+        return MemoryEstimate(weights=self.weight_bytes(), sampling=int(inside), decoding=int(decoding))

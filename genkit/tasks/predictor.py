@@ -21,7 +21,9 @@ from genkit.checks import choose
 from genkit.data.clips import ClipDataset
 from genkit.generators.mimo_vp import MIMOVP, fold_frames
 from genkit.generators.predformer import PredFormer
+from genkit.tasks._clip_metrics import ClipMetrics, batches, check_clip_metrics, held_out_clips
 from genkit.tasks._clips import check_sources, to_strips, training_clips
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.optimizers import kernels, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
@@ -126,6 +128,24 @@ class PredictorTask(Task):
         found = cast(Any, ctx.ema["predictor"]).model(given).frames
         rows = torch.stack([torch.cat([given, future], 1), torch.cat([given, found], 1)], 1).flatten(0, 1)
         return {"predicted": to_strips(rows)}
+
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Refuse metrics that clips do not have."""
+        check_clip_metrics(config)
+
+    def evaluate(self, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+        """Return metrics of the second halves of clips that were not trained on; distances are those of whole clips."""
+        c, f = self.config, self.config.num_frames
+        clips = held_out_clips(config, c.sprites is not None, c.image_size, 2 * f, c.stride, c.seed)
+        model, metrics = cast(Any, ctx.ema["predictor"]).model, ClipMetrics(config, 2 * f, ctx.device)
+        for _, truth in batches(clips, config, ctx.device):
+            made = torch.cat([truth[:, :f], model(truth[:, :f]).frames.float()], dim=1)
+            hidden = torch.zeros(len(made), 2 * f, *made.shape[3:], dtype=torch.bool, device=made.device)
+            hidden[:, f:] = True
+            metrics.compare(made, truth, hidden)
+            metrics.add("real", truth)
+            metrics.add("made", made)
+        return metrics.compute()
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the predictor."""

@@ -11,6 +11,7 @@ Letters: b batch, f frames, c channels, h w rows and columns of a latent, l widt
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +30,13 @@ from genkit.generators.vdt import VDTTransformer3DModel
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.frame_latents import FrameLatents, latent_statistics
 from genkit.schedulers.gaussian import GaussianDiffusion
+from genkit.tasks._clip_metrics import ClipMetrics, batches, check_clip_metrics, held_out_clips
 from genkit.tasks._clips import check_sources, clip_prompts, to_strips, training_clips
 from genkit.tasks._conditions import ConditionTable
 from genkit.tasks._prompts import load_text
 from genkit.tasks._vdt_loss import masked_loss
 from genkit.tokenizers.vit_vqgan import ViTVQModel
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
@@ -262,6 +265,40 @@ class VDTTask(Task):
         animated = pipe(frames=first, mask="animate", num_images_per_prompt=m, **options).frames
         made = pipe(prompts, num_images_per_prompt=1 if prompts else m, **options).frames
         return {"animated": to_strips(animated), "generated": to_strips(made)}
+
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Refuse metrics that clips do not have."""
+        check_clip_metrics(config)
+
+    def evaluate(self, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+        """Return metrics of clips that were not trained on, `psnr/<mode>` for each mask mode that gives something, and distances of clips
+        made from their captions, or from nothing, to them; clip i has seed i and masks of its own.
+        """
+        c, pipe = self.config, cast(Any, self.pipeline(ctx.ema["transformer"]))
+        pipe.set_progress_bar_config(disable=True)
+        clips = held_out_clips(config, c.sprites is not None, c.image_size, c.num_frames, c.stride, c.seed)
+        metrics, modes = ClipMetrics(config, c.num_frames, ctx.device), [m for m in c.masks if m not in ("unconditional", "random")]
+        for indices, truth in batches(clips, config, ctx.device):
+            b, frames = len(indices), truth.expand(-1, -1, 3, -1, -1)
+            options: dict[str, Any] = {"generator": indices, "output_type": "pt", "samples_at_once": b}
+            options["num_images_per_prompt"] = 1 if self.prompts else b
+            prompts = [clips.captions[i] for i in indices] if self.prompts else None
+            for mode in modes if metrics.names else []:
+                mask = torch.stack([self._pixel_mask(mode, i) for i in indices]).to(truth.device)
+                made = pipe(prompts, frames=frames, mask=mask, **options).frames
+                metrics.compare(made.mean(2, keepdim=True) if truth.shape[2] == 1 else made, truth, mask, f"/{mode}")
+            if metrics.features:
+                metrics.add("real", frames)
+                metrics.add("made", pipe(prompts, **options).frames)
+        return metrics.compute()
+
+    def _pixel_mask(self, mode: str, index: int) -> Tensor:
+        """Return a mask [f, H, W] of one mode in pixels that hides something, the same for the same index."""
+        factor, side, source = self.frame_latents.factor, self.config.image_size, random.Random(index)
+        mixture = MaskMixture({mode: 1.0})
+        while not bool((mask := mixture.draw(self.config.num_frames, side // factor, side // factor, source.random())).any()):
+            pass
+        return mask.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the pipeline: `out/transformer` with the linear pairs merged, `out/scheduler`, and text encoder and VAE where used."""

@@ -1,4 +1,7 @@
-"""Metrics while training: what the averaged weights make, judged as `genkit eval` judges it, every so many steps."""
+"""Metrics while training: what the averaged weights make, judged as `genkit eval` judges it, every so many steps.
+
+A task that makes pictures has `generate`, and is judged by `picture_metrics`; one that makes something else overrides `Task.evaluate`.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ class EvaluationConfig:
     """What to measure.
 
     Args:
-        real: real pictures, or a file with their statistics; see `genkit eval --help`.
-        metrics: names as `genkit eval` has them.
-        num_samples: pictures to make.
+        real: real pictures, or a file with their statistics, see `genkit eval --help`; of video tasks, clips that were not trained on.
+        metrics: names as `genkit eval` has them; of video tasks, see `genkit.tasks._clip_metrics`.
+        num_samples: pictures or clips to make.
         protocol: whose choices; "lite0" needs no download, its distance is not FID.
         size: another input size of the network than the protocol's, in pixels.
-        weights: of the FID Inception network.
+        weights: of the FID Inception network; of video tasks, of I3D.
         view_size: turntable views are reduced to this side, in pixels.
         views: which of a turntable's views are the real pictures; all if null.
         batch_size: pictures at a time.
@@ -45,8 +48,8 @@ class EvaluationConfig:
             raise ValueError("metrics must name at least one metric, got none.")
 
 
-def check(config: EvaluationConfig) -> None:
-    """Refuse names that do not exist before the training starts.
+def check_pictures(config: EvaluationConfig) -> None:
+    """Refuse metrics of pictures that do not exist.
 
     Raises:
         ValueError: for unknown metrics or protocols; names the nearest.
@@ -58,11 +61,27 @@ def check(config: EvaluationConfig) -> None:
 
 
 def measure(task: Task, modules: dict[str, nn.Module], config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
-    """Return `eval/<metric>` of pictures that a task makes with its averaged weights, in every process.
+    """Return `eval/<metric>` of what a task makes with its averaged weights, in every process.
+
+    Args:
+        task: what is trained.
+        modules: trained modules, put into eval mode meanwhile.
+        config: what to measure.
+        ctx: of the step.
+    """
+    for module in modules.values():
+        module.eval()
+    found = task.evaluate(config, ctx)
+    for module in modules.values():
+        module.train()
+    return {f"eval/{name}": value for name, value in found.items()}
+
+
+def picture_metrics(task: Task, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+    """Return the metrics of pictures that a task's `generate` makes.
 
     Args:
         task: has `generate`.
-        modules: trained modules, put into eval mode meanwhile.
         config: what to measure.
         ctx: of the step.
     """
@@ -96,12 +115,8 @@ def measure(task: Task, modules: dict[str, nn.Module], config: EvaluationConfig,
             return [Picture(np.ascontiguousarray(p), f"{self.name}, picture {i}") for p, i in zip(pixels, indices, strict=True)]
 
     real = config.real if is_statistics(config.real) else open_source(config.real, view_size=config.view_size, views=config.views)
-    for module in modules.values():
-        module.eval()
     found = evaluate(
         config.metrics, Generated(), real, protocol,
         weights=config.weights, device=ctx.device, batch_size=config.batch_size, workers=0, cache="", intervals=False,
     )  # fmt: skip
-    for module in modules.values():
-        module.train()
-    return {f"eval/{result.metric}": result.value for result in found.results}
+    return {result.metric: result.value for result in found.results}

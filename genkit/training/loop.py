@@ -81,7 +81,7 @@ class Trainer:
     def __init__(self, task: Task, config: TrainConfig, resolved: dict[str, Any] | None = None) -> None:
         check_installed(config.trackers)
         if config.evaluate is not None and config.evaluate_every:
-            evaluation.check(config.evaluate)
+            task.check_evaluation(config.evaluate)
         self.task, self.config, self.out = task, config, Path(config.out)
         self.resolved = plain(resolved) if resolved is not None else {"task": task.name, "train": plain(config)}
         self.stop_request, self.stopped_by = StopRequest(), 0

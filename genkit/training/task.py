@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from genkit.training.sampler import fold_seed
+
+if TYPE_CHECKING:
+    from genkit.training.evaluation import EvaluationConfig
 
 Batch = Any
 
@@ -151,6 +154,22 @@ class Task(ABC):
             NotImplementedError: if the task makes no pictures.
         """
         raise NotImplementedError(f"task {self.name!r} makes no pictures to evaluate; leave out train.evaluate_every.")
+
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Refuse what `evaluate` cannot measure, before the training starts.
+
+        Raises:
+            ValueError: naming the nearest metric.
+        """
+        from genkit.training.evaluation import check_pictures
+
+        check_pictures(config)
+
+    def evaluate(self, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+        """Return metrics of what the averaged weights make, by name; here those of the pictures of `generate`."""
+        from genkit.training.evaluation import picture_metrics
+
+        return picture_metrics(self, config, ctx)
 
     def raw(self, name: str) -> nn.Module:
         """Return a trained module without the wrapper of distributed training."""

@@ -8,7 +8,7 @@ import torch
 from skimage.metrics import structural_similarity
 from torch.testing import assert_close
 
-from genkit.eval.prediction import METRICS, blend, prediction_metrics
+from genkit.eval.prediction import METRICS, blend, prediction_metrics, restoration_metrics
 
 
 def test_metrics_follow_the_papers() -> None:
@@ -25,6 +25,21 @@ def test_metrics_follow_the_papers() -> None:
     assert float(found["ssim"][1, 2]) == pytest.approx(structural_similarity(a, b, data_range=1.0), abs=1e-9)
     assert float(found["ssim-openstl"][1, 2]) == pytest.approx(structural_similarity(a, b, data_range=2.0), abs=1e-9)
     assert bool((found["ssim-openstl"] > found["ssim"]).all())
+
+
+def test_restored_clips_are_judged_where_something_was_made() -> None:
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.rand(3, 1, 8, 8, generator=generator) * 2 - 1
+    made, mask = truth.clone(), torch.zeros(3, 8, 8, dtype=torch.bool)
+    mask[1:, :4] = True
+    made[1, :, :4] += 0.1 * torch.randn(1, 4, 8, generator=generator)
+    found = restoration_metrics(made, truth, mask)
+    error = ((made.clamp(-1, 1) - truth) / 2)[1:, :, :4].square().mean()
+    assert_close(found["psnr"], (-10 * error.log10()).double(), rtol=1e-5, atol=0)
+    assert_close(found["ssim"], prediction_metrics(made[None, 1:], truth[None, 1:])["ssim"].mean())
+    assert float(restoration_metrics(truth, truth, mask)["psnr"]) == pytest.approx(58.92, abs=0.01)
+    with pytest.raises(ValueError, match="nothing was made"):
+        restoration_metrics(made, truth, torch.zeros_like(mask))
 
 
 def test_blending_fills_from_both_sides_and_holding_from_before() -> None:

@@ -76,6 +76,23 @@ def test_the_given_region_of_the_state_changes_nothing() -> None:
     assert torch.equal(list(states)[-1].composed, plain)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "dpm-solver++"])
+def test_a_loop_goes_on_from_any_saved_state(name: str) -> None:
+    pipe = pipeline(name)
+    states = list(pipe.iterate(frames=clip(2), num_inference_steps=4, generator=[3]))
+    for saved in states[:-1]:
+        again = list(pipe.iterate(state=saved))
+        assert [state.index for state in again] == list(range(saved.index + 1, 4))
+        assert torch.equal(again[-1].composed, states[-1].composed)
+    changed = states[0].clone()
+    changed.sample += 1
+    assert not torch.equal(list(pipe.iterate(state=changed))[-1].composed, states[-1].composed)
+    with pytest.raises(ValueError, match="nothing is left to do"):
+        pipe.iterate(state=states[-1])
+    with pytest.raises(ValueError, match="leave prompt and other arguments out"):
+        pipe.iterate(state=states[0], frames=clip(2))
+
+
 def test_a_clip_depends_on_its_seed_alone() -> None:
     pipe = pipeline("ddpm", num_classes=2, id2label={0: "red", 1: "blue"}, guidance_scale=2.0)
     both = pipe(["red", "blue"], frames=clip(1), generator=[1, 2], output_type="pt").frames

@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from genkit.eval.prediction import prediction_metrics
 from genkit.generators.mimo_vp import MIMOVP
 from genkit.generators.predformer import PredFormer
 from genkit.tasks.predictor import Config, PredictorLoss, PredictorTask, build
 from genkit.training.config import TrainConfig
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.loop import Trainer
+from genkit.training.task import StepContext
 from tests.data.toy import strips, write_views
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -88,3 +91,18 @@ def test_a_predictor_learns_to_move_sprites(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**options)
+
+
+def test_predictions_are_judged_while_training(tmp_path: Path) -> None:
+    path = write_views(tmp_path / "train.parquet", list(strips()))
+    built = build(Config(data=str(path), image_size=8, num_frames=2, model=MODELS["predformer"]))
+    evaluate = EvaluationConfig(str(path), metrics=("mse", "ssim", "frechet-clips"), num_samples=3, batch_size=2, size=32)
+    context = StepContext(0, 0, torch.device("cpu"), {"predictor": built.modules["predictor"].eval()})
+    with torch.no_grad():
+        found = built.evaluate(evaluate, context)
+        truth = torch.stack([built.data[i]["frames"] for i in range(3)])
+        made = built.modules["predictor"].model(truth[:, :2]).frames  # type: ignore[operator, union-attr]
+    assert_close(found["mse"], float(prediction_metrics(made, truth[:, 2:])["mse"].mean()), rtol=1e-6, atol=0)
+    assert set(found) == {"mse", "ssim", "frechet-clips"} and found["frechet-clips"] > 0
+    with pytest.raises(ValueError, match="Did you mean 'mse'"):
+        built.check_evaluation(EvaluationConfig(str(path), metrics=("msee",)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,9 +16,11 @@ from genkit.data.clips import open_clips
 from genkit.data.video_masks import MaskMixture
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.vdt import VDTPipeline
+from genkit.tasks._clip_metrics import held_out_clips
 from genkit.tasks.vdt import Config, DiffusionConfig, SamplingConfig, VDTTask, build
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.config import TrainConfig
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 from tests.data.toy import strips, write_views
@@ -171,3 +174,52 @@ def test_text_needs_captions(tmp_path: Path) -> None:
     np.save(tmp_path / "clips.npy", np.zeros((2, 4, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match="no captions"):
         task(str(tmp_path / "clips.npy"), text=True)
+
+
+def test_restored_and_made_clips_are_judged_while_training(data: str, tmp_path: Path) -> None:
+    evaluate = EvaluationConfig(data, metrics=("psnr", "ssim", "frechet-clips"), num_samples=3, batch_size=2, size=32)
+    masks = {"predict:2": 1.0, "spatial_temporal": 1.0, "unconditional": 1.0, "random": 1.0}
+    built = task(data, text=True, masks=masks)
+    config = TrainConfig(str(tmp_path / "run"), steps=2, batch_size=2, evaluate_every=2, evaluate=evaluate)
+    Trainer(built, config).run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = {key.removeprefix("eval/"): value for line in lines for key, value in line.items() if key.startswith("eval/")}
+    assert set(found) == {"psnr/predict:2", "ssim/predict:2", "psnr/spatial_temporal", "ssim/spatial_temporal", "frechet-clips"}
+    context = StepContext(2, 0, torch.device("cpu"), {"transformer": built.modules["transformer"].eval()})
+    assert built.evaluate(evaluate, context) == built.evaluate(evaluate, context)  # the same clips, masks and seeds each time
+    perfect = cast(Any, built)
+    truth = torch.stack([built.data[i]["frames"] for i in range(3)])
+    perfect.pipeline = lambda transformer: Repeater(truth)
+    assert perfect.evaluate(evaluate, context)["psnr/predict:2"] == pytest.approx(58.92, abs=0.01)
+    for metrics, message in ((("psrn",), "Did you mean 'psnr'"), (("fvd",), "needs train.evaluate.weights")):
+        with pytest.raises(ValueError, match=message):
+            Trainer(task(data), TrainConfig(str(tmp_path), 2, 2, evaluate_every=2, evaluate=EvaluationConfig(data, metrics)))
+
+
+class Repeater:
+    """A pipeline that makes the true clips."""
+
+    def __init__(self, truth: torch.Tensor) -> None:
+        self.truth = truth
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        pass
+
+    def __call__(self, *prompts: Any, generator: list[int], **options: Any) -> Any:
+        return type("Output", (), {"frames": self.truth[generator]})
+
+
+def test_sprites_are_judged_on_other_ways_or_a_fixed_set(tmp_path: Path) -> None:
+    np.save(tmp_path / "digits.npy", np.random.default_rng(0).integers(0, 256, (5, 8, 8), np.uint8))
+    np.save(tmp_path / "test.npy", np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), np.uint8))
+    model = {**MODEL, "patch_size": 8, "learn_sigma": False}
+    config = Config(sprites=str(tmp_path / "digits.npy"), image_size=32, num_frames=4, model=model, masks={"predict:2": 1})
+    config.sampling.num_inference_steps = 1
+    built = build(config)
+    context = StepContext(0, 0, torch.device("cpu"), {"transformer": built.modules["transformer"].eval()})
+    found = built.evaluate(EvaluationConfig(str(tmp_path / "digits.npy"), metrics=("mse",), num_samples=2), context)
+    assert set(found) == {"mse/predict:2"} and found["mse/predict:2"] > 0
+    moving = held_out_clips(EvaluationConfig(str(tmp_path / "digits.npy"), num_samples=2), True, 32, 4, 1, 0)
+    assert len(moving) == 2 and not torch.equal(moving[0]["frames"], built.data[0]["frames"])
+    fixed = held_out_clips(EvaluationConfig(str(tmp_path / "test.npy")), True, 16, 4, 1, 0)
+    assert len(fixed) == 3 and fixed[0]["frames"].shape == (4, 1, 16, 16)
