@@ -10,11 +10,10 @@ import argparse
 import json
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
-from genkit import GenPipeline, ViTVQModel
+from genkit import GenPipeline
 from genkit.data.prompts import PromptBuilder
 from genkit.data.views import ViewDataset
 from genkit.eval.assets import (
@@ -29,6 +28,7 @@ from genkit.eval.assets import (
 from genkit.eval.features import FeatureNetwork
 from genkit.eval.frechet import frechet_distance
 from genkit.eval.retrieval import extract
+from genkit.pipelines.tokenizers import load_tokenizer
 from genkit.tokenizers.quantizers.stats import CodebookStats
 
 SIZE = 64  # pixels: the models' size, and the judging network's
@@ -37,13 +37,6 @@ SIZE = 64  # pixels: the models' size, and the judging network's
 def judge() -> tuple[FeatureNetwork, str]:
     """Return the judging network and the name of its features."""
     return FeatureNetwork("efficientnet-lite0", size=SIZE), f"efficientnet-lite0 at {SIZE} px"
-
-
-def load_tokenizer(name: str) -> ViTVQModel:
-    """Load the tokenizer of a pipeline, or a tokenizer's own folder."""
-    if (Path(name) / "config.json").is_file():
-        return ViTVQModel.from_pretrained(name).eval()
-    return GenPipeline.from_pretrained(name).vqvae
 
 
 def tokenizer_report(args: argparse.Namespace) -> dict[str, object]:

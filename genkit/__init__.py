@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from genkit.generators.enat import ENATState, ENATTransformer2DModel
     from genkit.generators.mesh_transformer import MeshTransformer
     from genkit.generators.mimo_vp import MIMOVP
+    from genkit.generators.nat import NATTransformer2DModel
     from genkit.generators.predformer import PredFormer
     from genkit.generators.shape_dit import ShapeDiT
     from genkit.generators.vdt import VDTTransformer3DModel
+    from genkit.generators.vim import VIMTransformer2DModel
     from genkit.pipelines.base import GenPipeline
     from genkit.pipelines.edm import EDMPipeline, OneStepPipeline
     from genkit.pipelines.enat import ENATPipeline
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
     from genkit.pipelines.shape import ShapePipeline
     from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
     from genkit.pipelines.vdt import VDTPipeline
+    from genkit.pipelines.vim import VIMPipeline
     from genkit.schedulers.edm_heun import EDMHeunScheduler
     from genkit.schedulers.flow_matching import FlowMatchingScheduler
     from genkit.schedulers.masked_token import MaskedTokenScheduler
+    from genkit.tokenizers.conv_vqgan import ConvVQModel
     from genkit.tokenizers.mesh_vae import MeshVQModel
     from genkit.tokenizers.point_encoder import PointEncoder
     from genkit.tokenizers.shape_vae import ShapeVAE
@@ -44,6 +48,7 @@ __version__ = "0.1.0"
 # Where each public name is defined. Model folders name components as ["genkit", "ClassName"], so a class that can be saved has to be here.
 # ModelMixin and SchedulerMixin are diffusers' own: its loader looks for them in the library that a component names.
 EXPORTS = {
+    "ConvVQModel": "genkit.tokenizers.conv_vqgan",
     "EDMHeunScheduler": "genkit.schedulers.edm_heun",
     "EDMPipeline": "genkit.pipelines.edm",
     "EDMUNet2DModel": "genkit.generators.edm",
@@ -58,6 +63,7 @@ EXPORTS = {
     "MeshTransformer": "genkit.generators.mesh_transformer",
     "MeshVQModel": "genkit.tokenizers.mesh_vae",
     "ModelMixin": "diffusers",
+    "NATTransformer2DModel": "genkit.generators.nat",
     "OneStepPipeline": "genkit.pipelines.edm",
     "PixArtOneStepPipeline": "genkit.pipelines.pixart_one_step",
     "PointEncoder": "genkit.tokenizers.point_encoder",
@@ -69,12 +75,15 @@ EXPORTS = {
     "ShapeVAE": "genkit.tokenizers.shape_vae",
     "VDTPipeline": "genkit.pipelines.vdt",
     "VDTTransformer3DModel": "genkit.generators.vdt",
+    "VIMPipeline": "genkit.pipelines.vim",
+    "VIMTransformer2DModel": "genkit.generators.vim",
     "ViTVQModel": "genkit.tokenizers.vit_vqgan",
     "list_models": "genkit.catalogue",
 }
 
 __all__ = [
     "MIMOVP",
+    "ConvVQModel",
     "EDMHeunScheduler",
     "EDMPipeline",
     "EDMUNet2DModel",
@@ -88,6 +97,7 @@ __all__ = [
     "MeshTransformer",
     "MeshVQModel",
     "ModelMixin",
+    "NATTransformer2DModel",
     "OneStepPipeline",
     "PixArtOneStepPipeline",
     "PointEncoder",
@@ -99,6 +109,8 @@ __all__ = [
     "ShapeVAE",
     "VDTPipeline",
     "VDTTransformer3DModel",
+    "VIMPipeline",
+    "VIMTransformer2DModel",
     "ViTVQModel",
     "__version__",
     "list_models",

@@ -118,3 +118,30 @@ class StateCache:
     def reorder(self, index: Tensor) -> None:
         """Keep the batch rows `index` [b2] int64, in that order."""
         self.tensors = {name: tensor.index_select(0, index) for name, tensor in self.tensors.items()}
+
+
+class ShiftCache:
+    """The cache of a mixer behind a token shift, and the token before the next one.
+
+    Args:
+        inner: of the mixer.
+        previous: [b, 1, d]; zeros at the start.
+    """
+
+    def __init__(self, inner: KVCache, previous: Tensor) -> None:
+        self.inner, self.previous = inner, previous
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self.inner.length
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.inner.reset()
+        self.previous = torch.zeros_like(self.previous)
+
+    def reorder(self, index: Tensor) -> None:
+        """Keep the batch rows `index` [b2] int64, in that order."""
+        self.inner.reorder(index)
+        self.previous = self.previous.index_select(0, index)

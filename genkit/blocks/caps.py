@@ -14,11 +14,11 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from genkit.blocks.caches import KVCache, StateCache
+from genkit.blocks.caches import KVCache, ShiftCache, StateCache
 from genkit.blocks.layout import Layout
 from genkit.checks import unknown
 
-Cache = KVCache | StateCache
+Cache = KVCache | StateCache | ShiftCache
 Context = Tensor | tuple[Tensor, Tensor]
 """Context tokens [b, m, d_c], or the keys and values that `project_context` made of them."""
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def systems() -> list[str]:
     """Return the names of the systems that have a converter."""
-    return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if name != "base")
+    return sorted(name for _, name, _ in pkgutil.iter_modules(__path__) if name != "base" and not name.startswith("_"))
 
 
 def module(system: str) -> ModuleType:

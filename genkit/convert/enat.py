@@ -42,6 +42,12 @@ def _dead_weights(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {DEAD + name: bias.new_zeros(shape) for name, shape in shapes.items()}
 
 
+HEAD_ROWS = (  # of ENAT and NAT
+    Row("norm.{p}", "norm.{p}"),
+    Row("mlm_layer.bias", "head.bias", load=torch.flatten, save=lambda bias: bias[None, None]),
+    Row("mlm_layer.fc.{p}", "head.fc.{p}"),
+    Row("mlm_layer.ln.{p}", "head.norm.{p}"),
+)
 TABLE = KeyTable(
     "enat",
     [
@@ -57,10 +63,7 @@ TABLE = KeyTable(
         Row(f"{_OFFICIAL}.attn.proj.{{p}}", f"{_OURS}.0.f.proj.{{p}}"),
         Row(f"{_OFFICIAL}.mlp.{{rest}}", f"{_OURS}.1.f.{{rest}}"),
         Row(f"{_OFFICIAL}.adaLN_modulation.1.{{p}}", "blocks.{i}.modulation.linear.{p}"),
-        Row("norm.{p}", "norm.{p}"),
-        Row("mlm_layer.bias", "head.bias", load=torch.flatten, save=lambda bias: bias[None, None]),
-        Row("mlm_layer.fc.{p}", "head.fc.{p}"),
-        Row("mlm_layer.ln.{p}", "head.norm.{p}"),
+        *HEAD_ROWS,
         Drop("prev_embedder.{rest}", "an MLP that the official network never calls", make=_dead_weights),
         Drop("x_embedder.position_ids", "a counter 0 .. n - 1"),
         Drop("{rest}.position_ids", "a counter 0 .. n - 1"),
@@ -112,7 +115,7 @@ def from_official(
         raise ValueError(f"enat: num_decoder_layers must lie in 1 .. {num_blocks}, the blocks in the file; got {num_decoder_layers}.")
     model = build_empty(
         ENATTransformer2DModel,
-        sample_size=_grid(tokens, sample_size),
+        sample_size=square_grid(tokens, sample_size),
         hidden_size=dim,
         num_heads=_heads(dim, num_heads),
         num_encoder_layers=num_blocks - num_decoder_layers,
@@ -137,11 +140,11 @@ def to_official(model: ENATTransformer2DModel) -> dict[str, Tensor]:
     return TABLE.to_official(model.state_dict()) | _LEFT_OVER.get(model, {})
 
 
-def _grid(tokens: int, sample_size: int | Sequence[int] | None) -> int | list[int]:
+def square_grid(tokens: int, sample_size: int | Sequence[int] | None) -> int | list[int]:
     """Return the sample size behind a positional table of `tokens` rows."""
     sides = [math.isqrt(tokens)] if sample_size is None else [sample_size] if isinstance(sample_size, int) else list(sample_size)
     if math.prod(sides) != tokens and sides[0] ** 2 != tokens:
-        raise ValueError(f"enat: the positional table has {tokens} rows, a grid of sides {sides} another number; give sample_size=[h, w].")
+        raise ValueError(f"the positional table has {tokens} rows, a grid of sides {sides} another number; give sample_size=[h, w].")
     return sides[0] if len(sides) == 1 else sides
 
 

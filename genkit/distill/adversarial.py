@@ -56,12 +56,24 @@ def least_square_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) ->
     return (1 - real_logits.float()).square().mean() + (1 + fake_logits.float()).square().mean()
 
 
+def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Return mean softplus(-m), m the mean logit of each picture."""
+    return generator_loss(fake_logits.float().flatten(1).mean(1))
+
+
+def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Return mean softplus(-m_real) + mean softplus(m_fake), m the mean logit of each picture."""
+    real, fake = (logits.float().flatten(1).mean(1) for logits in (real_logits, fake_logits))
+    return discriminator_loss(real, fake)
+
+
 GAN_FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "vanilla": (generator_loss, discriminator_loss),
     "hinge": (hinge_generator_loss, hinge_discriminator_loss),
     "least_square": (least_square_generator_loss, least_square_discriminator_loss),
+    "non_saturating": (non_saturating_generator_loss, non_saturating_discriminator_loss),
 }
-"""The generator's and the discriminator's loss by name; image tokenizers take half of the second."""
+"""The generator's and the discriminator's loss by name; image tokenizers take half of the second, but of "non_saturating"."""
 
 
 def density_ratio(fake_logits: Tensor) -> Tensor:

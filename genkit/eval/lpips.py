@@ -11,6 +11,7 @@ Letters: b pictures, t taps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -112,6 +113,16 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(SCALE)[:, None, None], persistent=False)
         self.requires_grad_(False)
         self.train(False)
+
+    @classmethod
+    def from_checkpoint(cls, state: Mapping[str, Tensor]) -> LPIPS:
+        """Build LPIPS on VGG16 from what tokenizer checkpoints carry: `net.slice{i}.{n}.weight`, `lin{i}.model.1.weight`.
+
+        Raises:
+            ValueError: if tensors are missing or misshapen.
+        """
+        trunk = {re.sub(r"net\.slice\d\.", "features.", key): value for key, value in state.items() if key.startswith("net.")}
+        return cls("vgg", trunk, {key: value for key, value in state.items() if re.match(r"lin\d\.", key)})
 
     def train(self, mode: bool = True) -> LPIPS:
         """Stay in eval mode whatever the surrounding module does."""

@@ -34,7 +34,7 @@ from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape, choose
 from genkit.generators.enat_context import project, stack_weights
 from genkit.generators.enat_index import TokenIndex, split_grid, take
-from genkit.generators.enat_parts import CodeHead, TokenEmbedding
+from genkit.generators.enat_parts import LOGITS_AT, CodeHead, TokenEmbedding, grid_of
 from genkit.generators.enat_state import ENATCondition, ENATOutput, ENATState
 
 __all__ = ["SIZES", "ENATCondition", "ENATOutput", "ENATState", "ENATTransformer2DModel"]
@@ -49,7 +49,6 @@ SIZES: dict[str, dict[str, Any]] = {
 """Published sizes (L), the published width with an assumed split (B), and two small ones of ours; all with codebook_size=1024."""
 
 NUM_VECTORS = 8
-LOGITS_AT = ("all", "masked", "none")
 
 
 class ENATTransformer2DModel(ModelMixin, ConfigMixin):
@@ -106,7 +105,7 @@ class ENATTransformer2DModel(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self._check_config()
-        self.grid = (sample_size, sample_size) if isinstance(sample_size, int) else (int(sample_size[0]), int(sample_size[1]))
+        self.grid = grid_of(sample_size)
         self.num_tokens = self.grid[0] * self.grid[1]
         self.mask_token_id = codebook_size
         self.embedding = TokenEmbedding(codebook_size + 1, self.num_tokens, hidden_size, dropout)

@@ -1,6 +1,8 @@
-"""Input embedding and output head of ENAT."""
+"""Input embedding and output head of ENAT and NAT."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,20 @@ from torch import Tensor, nn
 
 from genkit.blocks.norms import build_norm
 from genkit.checks import check_shape
+
+LOGITS_AT = ("all", "masked", "none")
+
+
+def grid_of(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return rows and columns of a token grid, from its side or both.
+
+    Raises:
+        ValueError: for another number of sides.
+    """
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(int(side) for side in sample_size)
+    if len(sides) != 2:
+        raise ValueError(f"sample_size must be one side or [rows, columns], got {sample_size}.")
+    return sides[0], sides[1]
 
 
 class TokenEmbedding(nn.Module):

@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import genkit.parity
 from genkit.parity.compare import TensorCheck, compare
 from genkit.weights import read_safetensors, safetensors_header
 
 logger = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
 Runner = Callable[["Case"], dict[str, Tensor]]
 WeightRule = Callable[[str, Tensor], Tensor]
 
@@ -125,6 +126,20 @@ class Case:
     def place(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the case's device, a floating one in its dtype."""
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else None)
+
+    def place_model(self, model: M) -> M:
+        """Return a model on the case's device, in its dtype; one in fp32 is not cast, since models keep some parts in fp32."""
+        placed = model.to(self.device)
+        return placed if self.dtype == torch.float32 else placed.to(self.dtype)
+
+
+def keep(results: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    """Return a hook that stores a module's output under a name."""
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        results[name] = output.detach()
+
+    return hook
 
 
 def with_gradients(model: Any) -> Any:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from genkit.convert import enat
+from genkit.convert import autonat, enat, maskgit_vqgan
+from genkit.convert.base import build_empty
 from genkit.generators.enat import ENATCondition, ENATState, ENATTransformer2DModel
 from genkit.generators.enat_index import positions_where, take
-from genkit.parity.base import Case
+from genkit.generators.nat import NATTransformer2DModel
+from genkit.parity.base import Case, keep, with_gradients
 from genkit.schedulers.masked_token import MaskedTokenScheduler, guide
-from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
+from genkit.tasks._enat_masking import mask_count, mask_counts, mask_more, masked_cross_entropy, random_mask
+from genkit.tokenizers.conv_vqgan import ConvVQModel
 
 STATE_OF = {
     "all_masked": None,
@@ -41,8 +45,14 @@ def sample(case: Case) -> dict[str, Tensor]:
     for run in case.config["runs"]:
         tag = run["tag"] + "."
         inputs = {key.removeprefix(tag): value for key, value in case.inputs.items() if key.startswith(tag)}
+        scheduler = MaskedTokenScheduler(
+            mask_token_id=model.mask_token_id, token_temperature=run["samp_temp"], mask_temperature=run["mask_temp"]
+        )
+        scheduler.set_timesteps(run["steps"])
+        factors = [scheduler.guidance_at(s, 1 + run["cfg_scale"]) for s in range(run["steps"])]
         with torch.no_grad():
-            results |= {tag + name: value for name, value in _sample_run(model, run, inputs).items()}
+            found = _sample_run(model, scheduler, factors, inputs, {"stack_context": True})
+        results |= {tag + name: value for name, value in found.items()}
     return results
 
 
@@ -71,7 +81,7 @@ def _build(case: Case, state: Mapping[str, Tensor]) -> ENATTransformer2DModel:
         dropout=config.get("dropout", 0.1),
         class_dropout=config.get("class_dropout_prob", 0.1),
     )
-    return model.to(case.device) if case.dtype == torch.float32 else model.to(case.device, case.dtype)
+    return case.place_model(model)
 
 
 def _official_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -104,22 +114,13 @@ def _chain(model: ENATTransformer2DModel, inputs: Mapping[str, Tensor]) -> dict[
     results: dict[str, Tensor] = {}
     states: dict[str, ENATState] = {}
     for call, source in STATE_OF.items():
-        hooks = [module.register_forward_hook(_keep(results, f"{call}.{name}")) for name, module in watched.items()]
+        hooks = [module.register_forward_hook(keep(results, f"{call}.{name}")) for name, module in watched.items()]
         out = model(inputs[f"{call}.ids"], {"class_labels": labels}, None if source is None else states[source])
         for hook in hooks:
             hook.remove()
         states[call] = out.state
         results |= {f"{call}.logits": out.logits, f"{call}.feat": out.state.feat, f"{call}.masking": out.state.is_masked.to(torch.uint8)}
     return results
-
-
-def _keep(results: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a hook that stores a module's output under a name."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        results[name] = output
-
-    return hook
 
 
 def _two_grids(model: ENATTransformer2DModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -138,24 +139,26 @@ def _two_grids(model: ENATTransformer2DModel, inputs: Mapping[str, Tensor]) -> d
     }
 
 
-def _sample_run(model: ENATTransformer2DModel, run: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run the sampling loop of one set of settings."""
-    scheduler = MaskedTokenScheduler(
-        mask_token_id=model.mask_token_id, token_temperature=run["samp_temp"], mask_temperature=run["mask_temp"]
-    )
-    scheduler.set_timesteps(run["steps"])
+def _sample_run(
+    model: ENATTransformer2DModel | NATTransformer2DModel,
+    scheduler: MaskedTokenScheduler,
+    factors: Sequence[float],
+    inputs: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Run the sampling loop with the guidance factor of each step and the options of `prepare_condition`."""
     labels = inputs["context"].flatten()
     both = (labels, torch.full_like(labels, model.null_class))
-    condition, b = ENATCondition.cat([model.prepare_condition(part, stack_context=True) for part in both]), len(labels)
+    condition, b = ENATCondition.cat([model.prepare_condition(part, **options) for part in both]), len(labels)
     ids = torch.full((b, model.num_tokens), model.mask_token_id, device=labels.device)
     masked = torch.arange(model.num_tokens, device=labels.device).expand(b, -1)
     revealed, state = masked[:, :0], None
     records: dict[str, list[Tensor]] = {name: [] for name in ("ids_in", "num_masked_in", "logits_cond", "logits_uncond", "confidence")}
-    for s in range(run["steps"]):
+    for s, factor in enumerate(factors):
         out = model(ids.repeat(2, 1), condition, state, masked_index=masked.repeat(2, 1), new_index=revealed.repeat(2, 1))
         state = out.state
         cond, uncond = out.logits.chunk(2)
-        guided = guide(take(cond, masked), take(uncond, masked), scheduler.guidance_at(s, 1 + run["cfg_scale"]))
+        guided = guide(take(cond, masked), take(uncond, masked), factor)
         noise = {"token_gumbel": take(inputs["gumbel_token"][s], masked), "confidence_gumbel": inputs["gumbel_conf"][s].gather(1, masked)}
         step = scheduler.step(guided, s, ids, masked, **noise)
         confidence = torch.full_like(inputs["gumbel_conf"][s], torch.inf).scatter(1, masked, step.confidence.to(cond.dtype))
@@ -190,3 +193,129 @@ def _train_step(net: ENATTransformer2DModel, ema: ENATTransformer2DModel, case: 
     gradients = {key: p.grad for key, p in net.named_parameters() if p.grad is not None}
     official = {key: value for key, value in enat.TABLE.to_official(gradients).items() if not key.startswith(enat.DEAD)}
     return results | {"logits": logits, "loss": loss[None]} | {f"grad.{key}": value for key, value in official.items()}
+
+
+# ---- the plain transformer ----
+
+
+def nat_sample(case: Case) -> dict[str, Tensor]:
+    """Kind enat/nat_sample: evaluations of the plain transformer with intermediates, and its loop with a searched strategy."""
+    model, inputs = _build_nat(case), case.inputs
+    results: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if "fwd.ids" in inputs:
+            results |= _nat_forward(case, model)
+        if "sample.context" in inputs:
+            scheduler = MaskedTokenScheduler.from_strategy(case.config["strategy"], model.mask_token_id)
+            factors = [scheduler.guidance_at(s) for s in range(len(scheduler.timesteps))]
+            own = {key.removeprefix("sample."): value for key, value in inputs.items() if key.startswith("sample.")}
+            found = _sample_run(model, scheduler, factors, own, {})
+            cond, uncond = found.pop("logits_cond"), found.pop("logits_uncond")
+            ends = torch.stack([guide(cond[s], uncond[s], factors[s]) for s in (0, -1)])
+            results |= {f"sample.{name}": value for name, value in {**found, "guided_logits_first_last": ends}.items()}
+    return results
+
+
+def nat_train(case: Case) -> dict[str, Tensor]:
+    """Kind enat/nat_train: an evaluation with intermediates, loss and gradients of one training step."""
+    net = _build_nat(case)
+    with torch.no_grad():
+        results = _nat_forward(case, net)
+    net.train().requires_grad_(True)
+    inputs = {key.removeprefix("train."): value for key, value in case.inputs.items() if key.startswith("train.")}
+    x0, labels = inputs["x0"], inputs["context"].flatten()
+    is_masked = random_mask(inputs["rand_perm"], mask_counts(inputs["beta"], net.num_tokens))
+    ids = x0.masked_fill(is_masked, net.mask_token_id)
+    logits = net(ids, {"class_labels": labels}, embedding_keep=inputs["dropout_keep"].bool()).logits
+    loss = masked_cross_entropy(logits[is_masked][None], x0[is_masked][None], case.config["label_smoothing"])
+    loss.backward()
+    gradients = autonat.to_official(with_gradients(net))
+    results |= {"train.masked_ids": ids, "train.labels": x0.masked_fill(~is_masked, -1), "train.loss": loss[None]}
+    return results | {f"train.grad.{key}": value for key, value in gradients.items()}
+
+
+def _build_nat(case: Case) -> NATTransformer2DModel:
+    """Build the plain transformer through the converter."""
+    config = case.config
+    model, _ = autonat.from_official(case.weights(), num_heads=config["num_heads"], sample_size=config["img_size"])
+    return case.place_model(model)
+
+
+def _nat_forward(case: Case, model: NATTransformer2DModel) -> dict[str, Tensor]:
+    """Evaluate the plain transformer; intermediates are cut to the lengths that the case stores."""
+    results: dict[str, Tensor] = {}
+    half = len(model.blocks) // 2
+    places = {f"in_blocks.{i}": i for i in range(half)} | {"mid_block": half} | {f"out_blocks.{i}": half + 1 + i for i in range(half)}
+    modules: dict[str, nn.Module] = {"token_emb": model.embedding, "context_embed": model.class_embedding, "norm": model.norm}
+    modules |= {name: model.blocks[i] for name, i in places.items()}
+    hooks = [module.register_forward_hook(keep(results, f"fwd.{name}")) for name, module in modules.items()]
+    logits = model(case.inputs["fwd.ids"], {"class_labels": case.inputs["fwd.context"].flatten()}).logits
+    for hook in hooks:
+        hook.remove()
+    shapes = case.output_shapes
+    return {"fwd.logits": logits} | {name: value[:, : shapes[name][1]] if name in shapes else value for name, value in results.items()}
+
+
+# ---- the tokenizer of MaskGIT ----
+
+
+def vqgan(case: Case) -> dict[str, Tensor]:
+    """Kind enat/vqgan: pictures to codes and back, module by module where weights are stored."""
+    config = case.config
+    is_formula = not (case.dir / "weights.safetensors").is_file()
+    model, _ = maskgit_vqgan.from_official(case.weights(_vqgan_shapes(config) if is_formula else None, _vqgan_formula))
+    model = case.place_model(model)
+    image, codes = case.inputs["image"], case.inputs["codes"]
+    results: dict[str, Tensor] = {}
+    stored = {name.removeprefix("inter.") for name in case.output_names if name.startswith("inter.")}
+    modules = {name: module for name, module in _vqgan_modules(model).items() if name in stored}
+    with torch.no_grad():
+        hooks = [module.register_forward_hook(keep(results, f"inter.{name}")) for name, module in modules.items()]
+        out = model.encode(image * 2 - 1)
+        decoded = model.decode(codes).sample
+        for hook in hooks:
+            hook.remove()
+        h, w = model.grid_for(*image.shape[2:])
+        reconstruction = model.decode_latents(out.quantized, (h, w))
+    results = {name: value[:1] for name, value in results.items()}
+    is_grid = config.get("sane_index_shape", False)
+    return results | {
+        "z": rearrange(out.latents, "b (h w) c -> b c h w", h=h, w=w),
+        "quant": rearrange(out.quantized, "b (h w) c -> b c h w", h=h, w=w),
+        "emb_loss": out.loss.reshape(1),
+        "indices": out.indices if is_grid else out.indices.flatten(),
+        "reconstruction": (reconstruction + 1) / 2,
+        "decoded_codes": (decoded + 1) / 2,
+    }
+
+
+def _vqgan_modules(model: ConvVQModel) -> dict[str, nn.Module]:
+    """Return the tokenizer's modules by the official names of their places."""
+    found: dict[str, nn.Module] = {}
+    for side, tower, way, resample in (("encoder", model.encoder, "down", "downsample"), ("decoder", model.decoder, "up", "upsample")):
+        found |= {f"{side}.conv_in": tower.conv_in, f"{side}.norm_out": tower.norm}
+        found |= {f"{side}.mid.block_{i + 1}": block for i, block in enumerate(tower.mid)}
+        for i, level in enumerate(cast(Any, tower.levels)):
+            found |= {f"{side}.{way}.{i}.block.{j}": block for j, block in enumerate(level.blocks)}
+            if level.resample is not None:
+                found[f"{side}.{way}.{i}.{resample}"] = level.resample
+    return found
+
+
+def _vqgan_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the official tokenizer of a configuration."""
+    net = config["ddconfig"]
+    model = build_empty(
+        ConvVQModel, quantizer_config={"name": "vq", "codebook_size": config["n_embed"], "dim": config["embed_dim"]}, channels=net["ch"],
+        multipliers=net["ch_mult"], num_res_blocks=net["num_res_blocks"], resampling="average", shortcut="branch",
+    )  # fmt: skip
+    return {key: tuple(value.shape) for key, value in maskgit_vqgan.to_official(model).items()}
+
+
+def _vqgan_formula(key: str, r: Tensor) -> Tensor:
+    """Return the weight that a key stands for."""
+    if key == "quantize.embedding.weight":
+        return 0.5 * r
+    if r.ndim > 1:
+        return r / float(r[0].numel()) ** 0.5
+    return 1 + 0.1 * r if "norm" in key and key.endswith("weight") else 0.1 * r

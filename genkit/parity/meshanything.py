@@ -16,8 +16,9 @@ from genkit.data.mesh_fields import triangle_distances
 from genkit.data.winding import winding_numbers
 from genkit.generators.mesh_transformer import MeshTransformer
 from genkit.parity.base import Case, with_gradients
-from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, inverse_cdf
+from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling
 from genkit.pipelines.surface_shell import surface_shell
+from genkit.pipelines.token_draws import inverse_cdf
 from genkit.tasks.mesh_generation import next_token_loss
 from genkit.tokenizers.mesh_tokens import (
     EOS,

@@ -17,7 +17,7 @@ from genkit.distill.mean_flow import mean_flow_loss
 from genkit.generators import pixart
 from genkit.generators.edm import EDMUNet2DModel
 from genkit.generators.preconditioning import make_preconditioner
-from genkit.parity.base import Case
+from genkit.parity.base import Case, keep
 from genkit.schedulers.edm_heun import EDMHeunScheduler
 from genkit.schedulers.noise_levels import linear_table, nearest_level
 
@@ -70,11 +70,11 @@ def edm_network(case: Case) -> dict[str, Tensor]:
     results: dict[str, Tensor] = {}
     hooks = [
         model.unet.register_forward_hook(_keep_network(results)),
-        model.unet.map_noise.register_forward_hook(_keep(results, "map_noise")),
+        model.unet.map_noise.register_forward_hook(keep(results, "map_noise")),
     ]
     for side in ("enc", "dec"):
         for name, module in getattr(model.unet, side).items():
-            hooks.append(module.register_forward_hook(_keep(results, f"block.{side}.{name}")))
+            hooks.append(module.register_forward_hook(keep(results, f"block.{side}.{name}")))
     with torch.no_grad():
         results["D_x"] = model(inputs["x_noisy"], inputs["sigma"], labels, augment).sample
         for hook in hooks:
@@ -99,15 +99,6 @@ def edm_network(case: Case) -> dict[str, Tensor]:
     results["loss.grad_norms"] = torch.stack([gradients[key].norm() for key in config["grad_norm_keys"]])
     results |= {f"loss.grad.{key}": value for key, value in gradients.items()}
     return {name: value for name, value in results.items() if not case.output_names or name in case.output_names}
-
-
-def _keep(results: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a hook that stores a module's output under a name."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        results[name] = output
-
-    return hook
 
 
 def _keep_network(results: dict[str, Tensor]) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
@@ -323,7 +314,7 @@ def sim_pixart_onestep(case: Case) -> dict[str, Tensor]:
         "patches": model.pos_embed.proj,
     }
     watched |= {f"block.{i}": block for i, block in enumerate(model.transformer_blocks)}
-    hooks = [module.register_forward_hook(_keep(results, name)) for name, module in watched.items()]
+    hooks = [module.register_forward_hook(keep(results, name)) for name, module in watched.items()]
     hooks.append(model.register_forward_hook(_keep_transformer(results), with_kwargs=True))
     sigma = torch.full((len(inputs["z"]),), config["sigma_init"], device=case.device)
     with torch.no_grad():

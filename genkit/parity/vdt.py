@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from genkit.blocks.embeddings import sincos_1d, sincos_2d, timestep_embedding
 from genkit.convert import vdt
 from genkit.data.video_masks import MODES, make_mask
 from genkit.generators.vdt import SIZES, VDTTransformer3DModel
-from genkit.parity.base import Case
+from genkit.parity.base import Case, keep
 from genkit.schedulers.gaussian import GaussianDiffusion, discretized_log_likelihood, normal_kl
 from genkit.tasks._vdt_loss import compose, masked_loss
 
@@ -51,7 +51,7 @@ def model(case: Case) -> dict[str, Tensor]:
     raw: dict[str, Tensor] = {}
     hooks = []
     for name, module in _watched(net).items():
-        hooks.append(module.register_forward_hook(_keep(raw, name)))
+        hooks.append(module.register_forward_hook(keep(raw, name)))
     with torch.no_grad():
         results = {"out": net(x, t).sample}
     for hook in hooks:
@@ -94,15 +94,6 @@ def _watched(net: VDTTransformer3DModel) -> dict[str, nn.Module]:
     found |= {"blocks.0.temporal_norm1": time.norm, "blocks.0.temporal_attn": time.f.proj, "blocks.0.temporal_fc": time.f.proj2}
     found |= {"blocks.0.norm1": space.norm, "blocks.0.attn": space.f, "blocks.0.norm2": mlp.norm, "blocks.0.mlp": mlp.f}
     return found | {"blocks.0.adaLN_modulation": first.modulation}
-
-
-def _keep(results: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a hook that stores a module's output under a name."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        results[name] = output
-
-    return hook
 
 
 class _Recorder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -13,9 +12,14 @@ from torch import Tensor, nn
 
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.embeddings import sincos_2d
-from genkit.convert import vit_vqgan
+from genkit.convert import vim, vit_vqgan
 from genkit.distill.adversarial import GAN_FORMS
-from genkit.parity.base import Case
+from genkit.generators.vim import VIMTransformer2DModel
+from genkit.parity import _tokenizer_losses as losses
+from genkit.parity.base import Case, keep, with_gradients
+from genkit.pipelines.token_draws import DrawRule, inverse_cdf
+from genkit.pipelines.vim import CodeWriter
+from genkit.tokenizers.discriminators import StyleDiscriminator, gradient_penalty
 from genkit.tokenizers.quantizers import build_quantizer
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 
@@ -41,7 +45,7 @@ def stage1(case: Case) -> dict[str, Tensor]:
     model, _ = vit_vqgan.from_official(
         state, dim_head=dim_head, beta=quantizer.get("beta", 0.25), use_norm=quantizer.get("use_norm", True), image_size=size
     )
-    model = model.to(case.device) if case.dtype == torch.float32 else model.to(case.device, case.dtype)
+    model = case.place_model(model)
     x = case.inputs["x"] if "x" in case.inputs else case.place(_formula_picture(size))
     return _results(model.requires_grad_(True), x)
 
@@ -49,7 +53,7 @@ def stage1(case: Case) -> dict[str, Tensor]:
 def _results(model: ViTVQModel, x: Tensor) -> dict[str, Tensor]:
     """Run the tokenizer on pictures x [b, 3, H, W] in [0, 1]; return every tensor the kind knows."""
     results: dict[str, Tensor] = {}
-    hooks = [module.register_forward_hook(_keep(results, name)) for name, module in _watched(model).items()]
+    hooks = [module.register_forward_hook(keep(results, name)) for name, module in _watched(model).items()]
     out = model(x * 2 - 1)
     for hook in hooks:
         hook.remove()
@@ -76,15 +80,6 @@ def _watched(model: ViTVQModel) -> dict[str, nn.Module]:
             for name, branch in zip(("attn", "mlp"), cast(Block, block).branches, strict=True):
                 watched[f"{side}.block{i}.{name}_branch"] = cast(Branch, branch).f
     return watched
-
-
-def _keep(results: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, Tensor], None]:
-    """Return a hook that stores a module's output under a name."""
-
-    def hook(module: nn.Module, args: object, output: Tensor) -> None:
-        results[name] = output.detach()
-
-    return hook
 
 
 def _code_gap(model: ViTVQModel, latents: Tensor) -> Tensor:
@@ -162,3 +157,94 @@ def quantizers(case: Case) -> dict[str, Tensor]:
     for name, (generator, discriminator) in GAN_FORMS.items():
         results |= {f"gan.{name}.g": generator(fake), f"gan.{name}.d": 0.5 * discriminator(real, fake)}
     return results
+
+
+# ---- stage 2 ----
+
+
+def stage2(case: Case) -> dict[str, Tensor]:
+    """Kind vit_vqgan/stage2: teacher forcing with intermediates and gradients; sampling, exact and as the released sampler does."""
+    config, inputs, state = case.config, case.inputs, case.weights()
+    net, _ = vim.from_official(state, num_heads=config["n_heads"])
+    net = case.place_model(net).requires_grad_(True)
+    codes, conds, m = inputs["codes"], inputs["conds"], config["cond_num_tokens"]
+    results: dict[str, Tensor] = {}
+    hooks = [block.register_forward_hook(keep(results, f"block{i}")) for i, block in enumerate(net.blocks)]
+    logits = net(codes, conds).logits[:, : codes.shape[1]]
+    for hook in hooks:
+        hook.remove()
+    loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+    loss.backward()
+    results |= {"logits": logits, "loss": loss} | {f"grad.{key}": value for key, value in vim.to_official(with_gradients(net)).items()}
+    for name, forgetful in (("exact", False), ("official_cached", True)):
+        sampler, _ = vim.from_official(state, num_heads=config["n_heads"], forgetful_cache=forgetful)
+        sampler = case.place_model(sampler)
+        for j, options in enumerate(config["sample_args"]):
+            rule = DrawRule(options.get("softmax_temperature", 1.0), options.get("top_k") or 0, options.get("top_p") or 1.0)
+            found, cut = _written(sampler, conds[:, :m], inputs["u"], rule)
+            results |= {f"sample{j}.{name}.codes": found, f"sample{j}.{name}.logits": cut}
+    return results
+
+
+def _written(net: VIMTransformer2DModel, conds: Tensor, uniforms: Tensor, rule: DrawRule) -> tuple[Tensor, Tensor]:
+    """Write a picture of each condition with stored uniforms [T, b]; return its codes [b, T] and the logits before top-p [b, T, K]."""
+    writer, codes, cut = CodeWriter(net, conds), conds[:, :0], []
+    for u in uniforms:
+        logits = writer.logits(codes)
+        cut.append(rule.cut(logits).clamp_min(-1e30))
+        codes = torch.cat([codes, inverse_cdf(rule.filtered(logits), u)[:, None]], dim=1)
+    return codes, torch.stack(cut, dim=1)
+
+
+# ---- losses of stage 1 ----
+
+
+def stage1_losses(case: Case) -> dict[str, Tensor]:
+    """Kind vit_vqgan/stage1_losses: reconstruction, perceptual and adversarial terms; the discriminator with and without R1."""
+    config, x = case.config, case.inputs["x"]
+    lpips, judge = losses.networks(case, StyleDiscriminator(config["size"], x.shape[1]), _loss_formula)
+    recon, last = losses.painted(case, 0.5)
+    forms, weights = GAN_FORMS[config["disc_loss"]], config["weights"]
+    results: dict[str, Tensor] = {"recon": recon}
+    per_tap = lpips.per_tap(recon * 2 - 1, x * 2 - 1)
+    raw = {"loglaplace": (recon - x).abs().mean(), "loggaussian": (recon - x).square().mean(), "perceptual": per_tap.sum(0).mean()}
+    rec = sum((weights[f"{name}_weight"] * value for name, value in raw.items()), start=x.new_zeros(()))
+    g, codes, factor = forms[0](judge(recon)), x.new_tensor(config["qloss"]), weights["adversarial_weight"]
+    is_adaptive = config["use_adaptive_adv"]
+    terms = {"rec": rec, "adversarial": g, "codes": codes}
+    found, d_weight = losses.generator_results(terms, recon, last, None if is_adaptive else factor, factor)
+    found |= {f"{name}_loss": value for name, value in raw.items()} | {"rec_loss": rec, "g_loss": g, "quant_loss": codes}
+    results |= {f"g.{name}": value for name, value in found.items()} | {"g.d_weight": d_weight}
+    results |= {"lpips": per_tap.sum(0)[:, None, None, None]}
+    results |= {f"lpips.layer{i}": rows[:, None, None, None] for i, rows in enumerate(per_tap)}
+    for tag, gamma in (("d_r1.", config["r1_gamma"]), ("d.", 0.0)):
+        real, fake = judge(x), judge(recon.detach())
+        loss = 0.5 * forms[1](real, fake)
+        results |= {f"{tag}logits_real": real.mean(), f"{tag}logits_fake": fake.mean()}
+        if gamma:
+            penalty = gradient_penalty(judge, x)
+            results[f"{tag}r1_reg"] = penalty
+            loss = loss + gamma * config["do_r1_every"] / 2 * penalty
+        results |= {f"{tag}loss": loss, f"{tag}disc_loss": loss} | losses.gradients_like(case, f"{tag}grad.", judge, loss)
+    return results | _judged(cast(StyleDiscriminator, judge), recon.detach(), x)
+
+
+def _judged(judge: StyleDiscriminator, recon: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Return logits, and mean, spread, first and last number behind every block."""
+    kept: dict[str, Tensor] = {}
+    hooks = [module.register_forward_hook(keep(kept, f"disc.block{i}_mean_std")) for i, module in enumerate([judge.stem, *judge.blocks])]
+    with torch.no_grad():
+        logits = judge(recon)
+        for hook in hooks:
+            hook.remove()
+        kept = {name: torch.stack([y.mean(), y.std(), y.flatten()[0], y.flatten()[-1]]) for name, y in kept.items()}
+        return kept | {"disc.logits_fake": logits, "disc.logits_real": judge(x)}
+
+
+def _loss_formula(key: str, r: Tensor) -> Tensor:
+    """Return the weight of a loss network that a key stands for."""
+    if key.startswith(losses.PERCEPTUAL):
+        if ".lin" in key:
+            return r.abs() * 0.1
+        return 0.05 * r if key.endswith("bias") else r * (2 / r[0].numel()) ** 0.5
+    return 0.1 * r if key.endswith("bias") else r

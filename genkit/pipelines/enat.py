@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from genkit.checks import choose
 from genkit.conditioners.text import EncodedText, encode_text
 from genkit.generators.enat import ENATCondition, ENATTransformer2DModel
+from genkit.generators.nat import SIZES, STRATEGIES, NATTransformer2DModel
 from genkit.pipelines.base import Callback, GenPipeline, samples_at_once_or_default
 from genkit.pipelines.enat_loop import ENATRun, ENATStepState, check_grid, chunks, loop, pair, state_tokens
 from genkit.pipelines.outputs import OUTPUT_TYPES, ImageOutput, MemoryEstimate, to_output_type
@@ -38,7 +39,7 @@ from genkit.pipelines.prompts import (
 )
 from genkit.pipelines.seeds import Seeds, resolve_seeds
 from genkit.schedulers.masked_token import MaskedTokenScheduler
-from genkit.tokenizers.vit_vqgan import ViTVQModel
+from genkit.tokenizers.vq_model import VQModel
 
 DECODE_AT_ONCE = 16
 
@@ -84,8 +85,8 @@ class ENATPipeline(GenPipeline):
 
     def __init__(
         self,
-        transformer: ENATTransformer2DModel,
-        vqvae: ViTVQModel,
+        transformer: ENATTransformer2DModel | NATTransformer2DModel,
+        vqvae: VQModel,
         scheduler: MaskedTokenScheduler,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -113,7 +114,7 @@ class ENATPipeline(GenPipeline):
         """Add the published schedule to an official generator."""
         transformer = components.get("transformer")
         if transformer is not None and components.get("scheduler") is None:
-            components["scheduler"] = MaskedTokenScheduler(mask_token_id=transformer.config["codebook_size"])
+            components["scheduler"] = published_schedule(transformer)
         return components
 
     @property
@@ -321,17 +322,16 @@ class ENATPipeline(GenPipeline):
         """
         net, config = self.transformer, self.transformer.config
         size, dim, branches = next(net.parameters()).element_size(), config["hidden_size"], 2 if guidance else 1
-        blocks = config["num_encoder_layers"] + config["num_decoder_layers"]
+        blocks, is_plain = len(net.blocks), isinstance(net, NATTransformer2DModel)
         tokens = net.num_tokens + (min(self.tokenizer.model_max_length, 512) if self.is_text_model else 0)
         group = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device))
         rows = branches * group
-        context = 2 * blocks * dim * dim + blocks * min(rows * tokens, 2048) * dim  # stacked projections, keys and values of all blocks
+        context = 0 if is_plain else 2 * blocks * dim * dim + blocks * min(rows * tokens, 2048) * dim  # projections, keys and values of all
         kept = branches * num_images * (tokens + 2 * 8 * blocks) * dim  # states before and after the step, modulation vectors
         inside = rows * tokens * dim * (3 + config["mlp_ratio"])
         logits = 4 * num_images * net.num_tokens * config["codebook_size"] * 5  # fp32: guided, and the draw
         height, width = self.image_size
-        picture, tower = 3 * height * width, self.vqvae.config["decoder_config"]
-        per_picture = net.num_tokens * 4 * max(tower["dim"], tower["mlp_dim"]) + 28 * picture
+        picture, per_picture = 3 * height * width, self.vqvae.decoding_numbers(height, width)
         chunk = min(num_images, samples_at_once_or_default(samples_at_once, self._execution_device), DECODE_AT_ONCE)
         return MemoryEstimate(
             weights=self.weight_bytes(),
@@ -381,3 +381,13 @@ class ENATPipeline(GenPipeline):
         if len(start) not in (1, count):
             raise ValueError(f"one start picture, or one per sample: expected 1 or {count}, got {len(start)}.")
         return start.expand(count, n).contiguous()
+
+
+def published_schedule(transformer: ENATTransformer2DModel | NATTransformer2DModel) -> MaskedTokenScheduler:
+    """Return the schedule that an official generator was published with: ENAT's rule, or AutoNAT's searched strategy for its size."""
+    codes = transformer.config["codebook_size"]
+    if isinstance(transformer, NATTransformer2DModel):
+        for name, strategy in STRATEGIES.items():
+            if all(transformer.config[key] == value for key, value in SIZES[name].items()):
+                return MaskedTokenScheduler.from_strategy(strategy, codes)
+    return MaskedTokenScheduler(mask_token_id=codes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from genkit.generators.enat import ENATCondition, ENATState, ENATTransformer2DModel
 from genkit.generators.enat_index import positions_where
+from genkit.generators.nat import NATTransformer2DModel
 from genkit.pipelines.outputs import StepState
 from genkit.pipelines.seeds import SampleStreams, gumbel
 from genkit.schedulers.masked_token import MaskedTokenScheduler, guide
@@ -36,7 +37,7 @@ class ENATRun:
         pairs: per group of samples, their conditions, followed by as many null ones where guidance is used.
     """
 
-    transformer: ENATTransformer2DModel = field(repr=False)
+    transformer: ENATTransformer2DModel | NATTransformer2DModel = field(repr=False)
     scheduler: MaskedTokenScheduler
     guidance: list[float]
     cond: ENATCondition

@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from genkit.tokenizers.vit_vqgan import ViTVQModel
+from genkit.tokenizers.vq_model import VQModel
 
 FRAMES_AT_ONCE = 8
-FrameCoder: TypeAlias = AutoencoderKL | ViTVQModel
+FrameCoder: TypeAlias = AutoencoderKL | VQModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class FrameLatents:
     at_once: int = FRAMES_AT_ONCE
 
     def __post_init__(self) -> None:
-        if isinstance(self.coder, ViTVQModel) and not len(self.mean or ()) == len(self.std or ()) == self.coder.quantizer.dim:
+        if isinstance(self.coder, VQModel) and not len(self.mean or ()) == len(self.std or ()) == self.coder.quantizer.dim:
             wanted, given = self.coder.quantizer.dim, (len(self.mean or ()), len(self.std or ()))
             raise ValueError(f"latents of this tokenizer have {wanted} channels; latents_mean and latents_std must too, got {given}.")
 
@@ -50,7 +50,7 @@ class FrameLatents:
         """C."""
         if self.coder is None:
             return 3
-        return self.coder.quantizer.dim if isinstance(self.coder, ViTVQModel) else int(self.coder.config["latent_channels"])
+        return self.coder.quantizer.dim if isinstance(self.coder, VQModel) else int(self.coder.config["latent_channels"])
 
     @property
     def factor(self) -> int:
@@ -61,7 +61,7 @@ class FrameLatents:
         """
         if self.coder is None:
             return 1
-        if isinstance(self.coder, ViTVQModel):
+        if isinstance(self.coder, VQModel):
             if self.coder.patch[0] != self.coder.patch[1]:
                 raise ValueError(f"video needs a tokenizer with square patches, got {self.coder.patch}.")
             return self.coder.patch[0]
@@ -84,7 +84,7 @@ class FrameLatents:
     def _encode(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         coder: Any = self.coder
         weight = next(coder.parameters())
-        if isinstance(coder, ViTVQModel):
+        if isinstance(coder, VQModel):
             grid = coder.grid_for(*frames.shape[-2:])
             latents = coder.encode_latents(frames.to(weight)).transpose(1, 2).unflatten(2, grid)
             mean, std = self._statistics(latents)
@@ -104,7 +104,7 @@ class FrameLatents:
     def _decode(self, latents: Tensor) -> Tensor:
         coder: Any = self.coder
         weight = next(coder.parameters())
-        if isinstance(coder, ViTVQModel):
+        if isinstance(coder, VQModel):
             mean, std = self._statistics(latents)
             tokens = (latents * std + mean).flatten(2).transpose(1, 2).to(weight)
             return coder.decode_latents(coder.quantizer(tokens).quantized, (latents.shape[2], latents.shape[3]))
@@ -119,13 +119,13 @@ class FrameLatents:
         """Estimate the bytes of one frame's widest layer in the decoder."""
         if self.coder is None:
             return 0
-        if isinstance(self.coder, ViTVQModel):
-            return int(self.coder.config["decoder_config"]["dim"] * height * width * 4)
+        if isinstance(self.coder, VQModel):
+            return 4 * self.coder.decoding_numbers(height, width)
         return int(self.coder.config["block_out_channels"][0] * height * width * 4 * 4)
 
 
 @torch.no_grad()
-def latent_statistics(tokenizer: ViTVQModel, frames: Tensor) -> tuple[list[float], list[float]]:
+def latent_statistics(tokenizer: VQModel, frames: Tensor) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation by channel of a tokenizer's latents of frames [n, 3, H, W]."""
     parts = [tokenizer.encode_latents(part) for part in frames.split(FRAMES_AT_ONCE)]
     latents = torch.cat(parts).flatten(0, 1).double()

@@ -17,6 +17,7 @@ from genkit.generators.mesh_stepper import MeshStepper
 from genkit.generators.mesh_transformer import MeshCaches, MeshTransformer
 from genkit.pipelines.outputs import StepState
 from genkit.pipelines.seeds import SampleStreams
+from genkit.pipelines.token_draws import DrawRule, inverse_cdf
 from genkit.tokenizers.mesh_grammar import MeshGrammar
 from genkit.tokenizers.mesh_tokens import EOS, PAD, FaceTokens
 
@@ -25,14 +26,12 @@ UNIFORMS = 1024  # drawn at a time
 
 
 @dataclass(frozen=True)
-class TokenSampling:
+class TokenSampling(DrawRule):
     """How the next id is chosen.
 
     Args:
+        temperature, top_k, top_p: see `DrawRule`.
         do_sample: draw it; else the most probable.
-        temperature: divides the logits, above 0.
-        top_k: only so many most probable ids; 0 for all.
-        top_p: of those only the smallest set whose probability exceeds it, in (0, 1].
         face_target: faces to aim at; None for none.
         face_bias: added to the logit of the end per whole target beyond it, subtracted below it.
 
@@ -40,40 +39,16 @@ class TokenSampling:
         ValueError: for values out of range.
     """
 
-    do_sample: bool = False
-    temperature: float = 1.0
     top_k: int = 50
     top_p: float = 0.95
+    do_sample: bool = False
     face_target: int | None = None
     face_bias: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            given = f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
-            raise ValueError(f"temperature must be above 0, top_k at least 0 (all), top_p in (0, 1], got {given}.")
+        super().__post_init__()
         if (self.face_target is not None and self.face_target < 1) or not self.face_bias >= 0:
             raise ValueError(f"face_target and face_bias must be positive, got {self.face_target} and {self.face_bias}.")
-
-    def filtered(self, logits: Tensor) -> Tensor:
-        """Return logits [b, k] divided by the temperature, -inf where top-k and top-p leave nothing."""
-        logits = logits / self.temperature
-        if 0 < self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.top_p < 1:
-            ordered, order = logits.sort(dim=-1)
-            is_tail = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
-            is_tail[:, -1] = False
-            logits = logits.masked_fill(is_tail.scatter(1, order, is_tail), -torch.inf)
-        return logits
-
-
-def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Return the first id [b] whose cumulative probability exceeds a uniform [b]; float64, in the order of the ids."""
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    found = (cumulative <= uniforms.double()[:, None] * cumulative[:, -1:]).sum(-1)
-    last = (logits > -torch.inf).long().cumsum(-1).argmax(-1)  # of rounding at the far end
-    return torch.minimum(found, last)
 
 
 class SequenceWriter:

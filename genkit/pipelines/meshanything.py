@@ -173,7 +173,7 @@ class MeshAnythingPipeline(GenPipeline):
         """
         choose(on_illegal, ON_ILLEGAL, "on_illegal")
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
-        sampling = TokenSampling(do_sample, temperature, top_k, top_p, face_target, face_bias)
+        sampling = TokenSampling(temperature, top_k, top_p, do_sample, face_target, face_bias)
         check_sampling(1, num_images_per_prompt, 1.0)
         shapes = [item for item in as_shapes(shape) for _ in range(num_images_per_prompt)]
         seeds = resolve_seeds(generator, len(shapes))

@@ -1,4 +1,4 @@
-"""Training masks of ENAT and the loss on masked tokens; pure functions of the draws, which are arguments.
+"""Training masks of ENAT and NAT, and the loss on masked tokens; pure functions of the draws, which are arguments.
 
 Legend: b batch, n tokens of the grid, k masked tokens, K codes.
 """
@@ -17,14 +17,19 @@ def mask_count(ratio: float, num_tokens: int) -> int:
     return min(max(round(num_tokens * ratio), 1), num_tokens - 1)
 
 
-def random_mask(uniforms: Tensor, count: int) -> Tensor:
+def mask_counts(ratios: Tensor, num_tokens: int) -> Tensor:
+    """Return max(1, round(n ratio)) for every sample [b, 1] of ratios [b] in [0, 1]: NAT's samples are masked one by one."""
+    return (ratios.double() * num_tokens).round().clamp_min(1).long()[:, None]
+
+
+def random_mask(uniforms: Tensor, count: int | Tensor) -> Tensor:
     """Choose `count` random positions per row: those j with argsort(uniforms)[j] < count.
 
     The sort order itself is compared, not each position's rank, as published: the distribution is the same, a stored draw is not.
 
     Args:
         uniforms: [b, n].
-        count: k.
+        count: k, or [b, 1] one for each row.
 
     Returns:
         [b, n] bool, True at k positions of each row.

@@ -23,6 +23,7 @@ from genkit.data.shape_samples import ShapeSamples
 from genkit.data.views import ViewDataset
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.shape import ShapePipeline
+from genkit.pipelines.tokenizers import load_tokenizer
 from genkit.tasks._conditions import ConditionTable
 from genkit.tasks._prompts import prompts_of
 from genkit.tokenizers.shape_vae import ShapeVAE
@@ -46,7 +47,7 @@ class ShapeDataConfig:
         text_probability: how often a step sees captions instead of pictures.
         prompts_per_picture: captions per view.
         null_probability: how often the condition is left out.
-        picture_tokenizer: pipeline whose `vqvae` pictures pass through; null for none.
+        picture_tokenizer: pictures pass through it, see `load_tokenizer`; null for none.
         generated_probability: how often they do.
         seed: of the initial weights, and of the surface points that are encoded.
     """
@@ -174,8 +175,8 @@ class ShapeData:
             self.table = ConditionTable(prompts_of(self.views, self.config.prompts_per_picture), self.encode_text)
         again = None
         if self.config.picture_tokenizer is not None:
-            vqvae = cast(Any, GenPipeline.from_pretrained(self.config.picture_tokenizer)).vqvae.float().eval()
-            again = torch.no_grad()(lambda images: vqvae.decode(vqvae.encode(images).codes).sample.clamp(-1, 1))
+            vqvae = load_tokenizer(self.config.picture_tokenizer).float()
+            again = torch.no_grad()(lambda images: vqvae.decode(vqvae.encode(images).indices).sample.clamp(-1, 1))
         return ConditionPictures(self.views, self.shapes, self.config.views, self.config.image_size, again)
 
     @torch.no_grad()

@@ -30,10 +30,11 @@ from genkit.data.views import ViewDataset
 from genkit.generators.enat import ENATState, ENATTransformer2DModel
 from genkit.generators.enat_index import positions_where
 from genkit.paths import cache_dir
+from genkit.pipelines.tokenizers import load_tokenizer
 from genkit.schedulers.masked_token import MaskedTokenScheduler
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
 from genkit.tasks._prompts import PromptTable, captions_of, load_text, prompts_of, rows_of_views, text_table, weights_hash
-from genkit.tokenizers.vit_vqgan import ViTVQModel
+from genkit.tokenizers.vq_model import VQModel
 from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
 
@@ -78,7 +79,7 @@ class Config:
     """Settings of the task.
 
     Attributes:
-        vqvae: folder or hub id of the tokenizer.
+        vqvae: the tokenizer, see `load_tokenizer`.
         text_encoder, tokenizer: folders or hub ids of a CLIP text model with projection and its tokenizer; null trains on classes, one per
             distinct caption (the folder of a picture).
         data: parquet file of views, folder of pictures or hub id.
@@ -153,7 +154,7 @@ class ENATTask(Task):
     find_unused_parameters = True  # a step without reuse leaves the reuse path alone
 
     def __init__(
-        self, config: Config, data: ViewDataset | ImageFolderDataset, vqvae: ViTVQModel, text: tuple[nn.Module, Any] | None = None
+        self, config: Config, data: ViewDataset | ImageFolderDataset, vqvae: VQModel, text: tuple[nn.Module, Any] | None = None
     ) -> None:
         self.config, self.data = config, data
         self.frozen = {"vqvae": vqvae} | ({"text_encoder": text[0]} if text else {})
@@ -192,7 +193,7 @@ class ENATTask(Task):
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.table = text_table(folder, self.prompts, self.tokenizer, self.frozen["text_encoder"])
-        vqvae = cast(ViTVQModel, self.frozen["vqvae"])
+        vqvae = cast(VQModel, self.frozen["vqvae"])
         meta = TokenMeta(
             rows=self.num_rows,
             grid=vqvae.grid_for(self.config.image_size, self.config.image_size),
@@ -207,7 +208,7 @@ class ENATTask(Task):
     @torch.no_grad()
     def _encode(self, rows: range) -> Tensor:
         """Return the codes [b, n] of pictures; rows behind the last picture are the mirrored ones."""
-        vqvae = cast(ViTVQModel, self.frozen["vqvae"])
+        vqvae = cast(VQModel, self.frozen["vqvae"])
         images = torch.stack(
             [self.data[row % len(self.data)]["image"].flip(-1) if row >= len(self.data) else self.data[row]["image"] for row in rows]
         )
@@ -279,7 +280,7 @@ class ENATTask(Task):
         net = cast(ENATTransformer2DModel, transformer)
         return ENATPipeline(
             transformer=net,
-            vqvae=cast(ViTVQModel, self.frozen["vqvae"]),
+            vqvae=cast(VQModel, self.frozen["vqvae"]),
             scheduler=MaskedTokenScheduler(
                 mask_token_id=net.mask_token_id,
                 guidance=sampling.guidance,
@@ -328,5 +329,5 @@ def draw_beta(parameters: tuple[float, float], generator: torch.Generator) -> fl
 
 def build(config: Config) -> ENATTask:
     """Build the task of a recipe: open the pictures, load the tokenizer and the text encoder."""
-    vqvae = ViTVQModel.from_pretrained(config.vqvae).eval().requires_grad_(False)
+    vqvae = load_tokenizer(config.vqvae).requires_grad_(False)
     return ENATTask(config, open_dataset(config.data, config.image_size), vqvae, load_text(config.text_encoder, config.tokenizer))

@@ -22,20 +22,19 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from genkit.catalogue import INDEX, packaged_names
 from genkit.conditioners.text import condition_vector, encode_text
 from genkit.data.clips import ClipDataset
 from genkit.data.video_masks import MaskMixture
 from genkit.generators.vdt import VDTTransformer3DModel
-from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.frame_latents import FrameLatents, latent_statistics
+from genkit.pipelines.tokenizers import is_pipeline, load_tokenizer
 from genkit.schedulers.gaussian import GaussianDiffusion
 from genkit.tasks._clip_metrics import ClipMetrics, batches, check_clip_metrics, held_out_clips
 from genkit.tasks._clips import check_sources, clip_prompts, to_strips, training_clips
 from genkit.tasks._conditions import ConditionTable
 from genkit.tasks._prompts import load_text
 from genkit.tasks._vdt_loss import masked_loss
-from genkit.tokenizers.vit_vqgan import ViTVQModel
+from genkit.tokenizers.vq_model import VQModel
 from genkit.training.evaluation import EvaluationConfig
 from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import Phase, StepContext, Task
@@ -159,7 +158,7 @@ class VDTTask(Task):
         self.table: ConditionTable | None = None
         self.prompts = clip_prompts(data, config.prompts_per_clip) if text else []
         self.masks = MaskMixture(config.masks, config.official_masks)
-        mean, std = statistics_of(vae, data) if isinstance(vae, ViTVQModel) else (None, None)
+        mean, std = statistics_of(vae, data) if isinstance(vae, VQModel) else (None, None)
         self.frame_latents = FrameLatents(cast(Any, vae), mean, std, ENCODED_AT_ONCE)
         side = config.image_size // self.frame_latents.factor
         sizes = {"sample_size": side, "in_channels": self.frame_latents.channels, "num_frames": config.num_frames}
@@ -207,7 +206,7 @@ class VDTTask(Task):
     def latents(self, frames: Tensor, ctx: StepContext) -> Tensor:
         """Return latents [b, f, c, h, w], of a VAE drawn from its posterior; pixels as they are."""
         coder = self.frame_latents
-        if isinstance(coder.coder, ViTVQModel) or coder.coder is None:
+        if isinstance(coder.coder, VQModel) or coder.coder is None:
             return coder.encode(frames)
         b, f, _, h, w = frames.shape
         return coder.encode(frames, ctx.randn("posterior", b, f, coder.channels, h // coder.factor, w // coder.factor))
@@ -312,7 +311,7 @@ class VDTTask(Task):
         pipe.save_pretrained(out)
 
 
-def statistics_of(tokenizer: ViTVQModel, data: ClipDataset) -> tuple[list[float], list[float]]:
+def statistics_of(tokenizer: VQModel, data: ClipDataset) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation by channel of a tokenizer's latents, over clips spread over the data."""
     chosen = torch.linspace(0, len(data) - 1, min(STATISTICS_CLIPS, len(data))).long().unique().tolist()
     frames = torch.cat([data[i]["frames"].expand(-1, 3, -1, -1) for i in chosen])
@@ -321,9 +320,7 @@ def statistics_of(tokenizer: ViTVQModel, data: ClipDataset) -> tuple[list[float]
 
 def open_coder(name: str) -> nn.Module:
     """Open an image tokenizer of a pipeline, or a VAE of diffusers."""
-    if name in packaged_names() or (Path(name) / INDEX).is_file():
-        return cast(nn.Module, cast(Any, GenPipeline.from_pretrained(name)).vqvae)
-    return AutoencoderKL.from_pretrained(name)
+    return load_tokenizer(name) if is_pipeline(name) else AutoencoderKL.from_pretrained(name)
 
 
 def build(config: Config) -> VDTTask:

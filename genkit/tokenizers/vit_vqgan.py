@@ -19,21 +19,18 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor, nn
 
 from genkit.blocks import stack
 from genkit.blocks.embeddings import sincos_2d
 from genkit.blocks.fast_linear import with_fast_linear
-from genkit.checks import check_shape, choose
-from genkit.tokenizers.quantizers import ResidualQuantizer, build_quantizer
+from genkit.checks import choose
+from genkit.tokenizers.vq_model import VQModel
 
 _TOWER = {"heads": 8, "mlp_dim": 2048, "dim_head": 64, "act": "tanh"}
 SIZES: dict[str, dict[str, Any]] = {
@@ -47,41 +44,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_config": {"dim": 1280, "depth": 32, **_TOWER, "heads": 16, "mlp_dim": 5120},
     },
 }
-
-
-@dataclass
-class VQEncoderOutput(BaseOutput):
-    """What `encode` returns.
-
-    Attributes:
-        latents: [b, n, c], before quantization.
-        quantized: [b, n, c], the codes, with the estimator's gradient.
-        indices: [b, h, w] int64.
-        loss: scalar quantizer loss.
-        terms: its unweighted parts by name.
-
-    The defaults let accelerate rebuild the output from a dict when it casts to fp32.
-    """
-
-    latents: Tensor
-    quantized: Tensor = None  # type: ignore[assignment]
-    indices: Tensor = None  # type: ignore[assignment]
-    loss: Tensor = None  # type: ignore[assignment]
-    terms: dict[str, Tensor] = None  # type: ignore[assignment]
-
-
-@dataclass
-class DecoderOutput(BaseOutput):
-    """What `decode` returns: `sample` [b, 3, H, W], about [-1, 1], not clamped."""
-
-    sample: Tensor
-
-
-@dataclass
-class ViTVQOutput(VQEncoderOutput):
-    """What `forward` returns: the encoder's output and the reconstruction `sample` [b, 3, H, W]."""
-
-    sample: Tensor = None  # type: ignore[assignment]
 
 
 @functools.lru_cache(maxsize=32)
@@ -193,7 +155,7 @@ def _run(blocks: nn.ModuleList, tokens: Tensor, checkpointing: bool) -> Tensor:
     return tokens
 
 
-class ViTVQModel(ModelMixin, ConfigMixin):
+class ViTVQModel(VQModel):
     """ViT-VQGAN stage 1.
 
     Args:
@@ -240,9 +202,7 @@ class ViTVQModel(ModelMixin, ConfigMixin):
         for name, tower in (("encoder_config", encoder_config), ("decoder_config", decoder_config)):
             _check_tower(name, tower)
         self.encoder = ViTEncoder(in_channels, self.patch, stem, encoder_config)
-        self.quantizer = build_quantizer(quantizer_config)
-        if isinstance(self.quantizer, ResidualQuantizer):
-            raise ValueError("ViTVQModel: one code per token; num_levels would give several. Leave it out of quantizer_config.")
+        self.build_codes(quantizer_config)
         self.pre_quant = nn.Linear(encoder_config["dim"], self.quantizer.dim)
         self.post_quant = nn.Linear(self.quantizer.dim, decoder_config["dim"])
         self.decoder = ViTDecoder(in_channels, self.patch, stem, decoder_config)
@@ -260,19 +220,6 @@ class ViTVQModel(ModelMixin, ConfigMixin):
                 elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and self.config["stem"] == "patch":
                     nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
 
-    def grid_for(self, height: int, width: int) -> tuple[int, int]:
-        """Return the token grid (h, w) of a picture of height x width pixels.
-
-        Raises:
-            ValueError: if the patch does not divide a side.
-        """
-        if height % self.patch[0] or width % self.patch[1] or not height or not width:
-            raise ValueError(
-                f"ViTVQModel: sides of the picture must be multiples of the patch {self.patch[0]}x{self.patch[1]}, "
-                f"got {height}x{width}; resize or pad first."
-            )
-        return height // self.patch[0], width // self.patch[1]
-
     @with_fast_linear
     def encode_latents(self, x: Tensor) -> Tensor:
         """Turn pictures [b, c, H, W] in [-1, 1] into latents [b, n, c] before quantization.
@@ -280,75 +227,20 @@ class ViTVQModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for another number of axes or channels, or sides that the patch does not divide.
         """
-        check_shape(x, "ViTVQModel.encode: image", "b c H W", c=self.config["in_channels"])
-        self.grid_for(x.shape[-2], x.shape[-1])
-        x = (x + 1) / 2 if self.config["official_range"] else x
-        return self.pre_quant(self.encoder(x, self.gradient_checkpointing and self.training))
-
-    def encode(self, x: Tensor) -> VQEncoderOutput:
-        """Turn pictures [b, c, H, W] in [-1, 1] into codes.
-
-        Returns:
-            latents and quantized [b, n, c], indices [b, h, w] int64 and the quantizer loss.
-
-        Raises:
-            ValueError: for another number of axes or channels, or sides that the patch does not divide.
-        """
-        latents = self.encode_latents(x)
-        h, w = self.grid_for(x.shape[-2], x.shape[-1])
-        out = self.quantizer(latents)
-        indices = rearrange(out.indices, "b (h w) -> b h w", h=h, w=w)
-        return VQEncoderOutput(latents=latents, quantized=out.quantized, indices=indices, loss=out.loss, terms=out.terms)
+        return self.pre_quant(self.encoder(self.checked(x), self.gradient_checkpointing and self.training))
 
     @with_fast_linear
     def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
         """Turn quantized latents [b, n, c] of a grid (h, w) into pictures [b, 3, H, W]."""
         tokens = self.post_quant(quantized.to(self.post_quant.weight.dtype))
         sample = self.decoder(tokens, *grid, checkpointing=self.gradient_checkpointing and self.training)
-        return sample * 2 - 1 if self.config["official_range"] else sample
+        return self.to_interface(sample)
 
-    def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> DecoderOutput:
-        """Turn codes into pictures.
-
-        Args:
-            indices: [b, h, w] or [b, n] int64; [b, n] needs `grid` unless n is a square.
-            grid: (h, w) of flat indices.
-
-        Returns:
-            sample [b, 3, H, W], about [-1, 1], not clamped.
-
-        Raises:
-            ValueError: if an index is outside the codebook or the grid does not fit.
-        """
-        if indices.ndim == 3:
-            grid = (indices.shape[1], indices.shape[2])
-        elif grid is None:
-            side = math.isqrt(indices.shape[-1])
-            grid = (side, side)
-        if indices.ndim not in (2, 3) or math.prod(indices.shape[1:]) != grid[0] * grid[1]:
-            raise ValueError(
-                f"ViTVQModel.decode: indices must be [b, h, w] or [b, n] of a grid {grid}, got {list(indices.shape)}; give grid=(h, w)."
-            )
-        if not torch.compiler.is_compiling() and indices.device.type == "cpu" and indices.numel():
-            low, high = int(indices.min()), int(indices.max())
-            if low < 0 or high >= self.quantizer.codebook_size:
-                raise ValueError(f"ViTVQModel.decode: indices must lie in 0 .. {self.quantizer.codebook_size - 1}, got {low} .. {high}.")
-        return DecoderOutput(sample=self.decode_latents(self.quantizer.lookup(indices.flatten(1)), grid))
-
-    def forward(self, x: Tensor, quantize: bool = True) -> ViTVQOutput:
-        """Encode and reconstruct pictures [b, c, H, W] in [-1, 1]; the training step's one evaluation.
-
-        Args:
-            x: pictures.
-            quantize: whether the decoder sees codes; without, `latents` and `sample` alone are set (a start of training, see
-                `VectorQuantizerBase.fit`).
-        """
-        if not quantize:
-            latents = self.encode_latents(x)
-            return ViTVQOutput(latents=latents, sample=self.decode_latents(latents, self.grid_for(x.shape[-2], x.shape[-1])))
-        encoded = self.encode(x)
-        sample = self.decode_latents(encoded.quantized, (encoded.indices.shape[1], encoded.indices.shape[2]))
-        return ViTVQOutput(**encoded, sample=sample)
+    def decoding_numbers(self, height: int, width: int) -> int:
+        """Return how many numbers the decoder holds at its widest for one picture."""
+        h, w = self.grid_for(height, width)
+        tower = self.config["decoder_config"]
+        return int(h * w * 4 * max(tower["dim"], tower["mlp_dim"]) + 28 * 3 * height * width)
 
 
 def _check_tower(name: str, tower: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from genkit.training.evaluation import EvaluationConfig
 
 TRACKERS = ("tensorboard", "wandb")
-SCHEDULES = ("constant", "cosine", "whole_cosine")
+SCHEDULES = ("constant", "cosine", "whole_cosine", "floored_cosine")
 # What may differ between a checkpoint and the run that resumes it; every other field decides the trained weights.
 FREE_FIELDS = (
     "out", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "sample_every", "evaluate_every", "evaluate", "trackers",
@@ -36,10 +36,11 @@ class TrainConfig:
         mixed_precision: autocast type; weights and optimizer states stay as the task built them.
         accumulation: parts that a process cuts its share of a batch into; the result stays that of the whole batch.
         grad_clip: largest gradient norm per optimizer, null for none.
-        schedule: course of the learning rate after the warm-up; "whole_cosine" counts from the start of the run, see `whole_cosine`.
+        schedule: course of the learning rate after the warm-up; "whole_cosine" counts from the start of the run, "floored_cosine" does not
+            sink below its floor; see the functions of these names.
         warmup: steps of linear warm-up; the first update already has 1 / warmup of the rate.
         warmup_first: where the warm-up of whole_cosine begins, as a fraction of the rate, in [0, 1].
-        lr_floor: where both cosines end, as a fraction of the rate, in [0, 1].
+        lr_floor: where the cosines end, as a fraction of the rate, in [0, 1].
         ema_decay: share of the average kept per step, in [0, 1).
         ema_warmup: lower the decay early to (1 + step) / (10 + step).
         ema_device: where the average is kept; "cpu" spares the accelerator's memory, for tasks whose steps do not use the average.
@@ -63,7 +64,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     accumulation: int = 1
     grad_clip: float | None = 1.0
-    schedule: Literal["constant", "cosine", "whole_cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "whole_cosine", "floored_cosine"] = "constant"
     warmup: int = 0
     warmup_first: float = 0.0
     lr_floor: float = 0.0
@@ -103,12 +104,14 @@ class TrainConfig:
             _require("trackers", name, name in TRACKERS, f"any of {', '.join(TRACKERS)}")
 
     def lr_factor(self, step: int) -> float:
-        """Return the learning-rate factor of the update after `step` finished steps, in (0, 1].
+        """Return the learning-rate factor of the update after `step` finished steps, in [0, 1].
 
         (step + 1) / warmup while warming up, then 1, or floor + (1 - floor) (1 + cos(pi t)) / 2 with t from 0 to 1 over the rest.
         """
         if self.schedule == "whole_cosine":
             return whole_cosine(step / self.steps, self.warmup / self.steps, self.warmup_first, self.lr_floor)
+        if self.schedule == "floored_cosine":
+            return floored_cosine(step, self.warmup, self.steps, self.lr_floor)
         if step < self.warmup:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
@@ -120,6 +123,24 @@ class TrainConfig:
         """Name the settings that decide the weights and differ from those a checkpoint was trained with."""
         free = set(FREE_FIELDS) - ({"steps"} if self.schedule != "constant" else set())
         return differences("train", {key: saved[key] for key in saved if key not in free}, plain(self))
+
+
+def floored_cosine(step: int, warmup: int, steps: int | None, floor: float) -> float:
+    """Return a learning-rate factor that rises from 0 in `warmup` steps and follows a cosine to 0 at `steps`, but not below the floor.
+
+    Args:
+        step: finished steps.
+        warmup: steps of the rise.
+        steps: of the whole run; None stays at 1.
+        floor: least factor after the rise.
+
+    Source: the released training code of SimVQ (arXiv 2411.02038).
+    """
+    if step < warmup:
+        return step / warmup
+    if steps is None:
+        return 1.0
+    return floor if step >= steps else max(floor, 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
 
 
 def whole_cosine(progress: float, warm: float, first: float, floor: float) -> float:

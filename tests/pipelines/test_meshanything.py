@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from genkit import convert
 from genkit.convert import mesh_vq, meshanything, michelangelo
 from genkit.pipelines.base import GenPipeline
-from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, inverse_cdf, sequences
+from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, sequences
 from genkit.pipelines.meshanything import MeshAnythingPipeline, turned_faces
 from genkit.pipelines.surface_shell import surface_shell
+from genkit.pipelines.token_draws import inverse_cdf
 from genkit.tokenizers.mesh_tokens import EOS
 from tests.generators.toy_meshes import mesh_pipeline, mesh_transformer, official_mesh_pipeline, point_encoder
 
