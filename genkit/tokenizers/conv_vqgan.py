@@ -269,6 +269,11 @@ class ConvVQModel(VQModel):
         x = in_order(x)
         return self.to_interface(self.decoder(x, self.gradient_checkpointing and self.training))
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that makes the pixels."""
+        return self.decoder.conv_out.weight
+
     def decoding_numbers(self, height: int, width: int) -> int:
         """Return how many numbers the decoder holds at its widest for one picture."""
         widths = [self.config["channels"] * m for m in self.config["multipliers"]]

@@ -236,6 +236,12 @@ class ViTVQModel(VQModel):
         sample = self.decoder(tokens, *grid, checkpointing=self.gradient_checkpointing and self.training)
         return self.to_interface(sample)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that makes the pixels."""
+        head = self.decoder.head
+        return head.layers[-1].weight if isinstance(head, ConvHead) else head.weight
+
     def decoding_numbers(self, height: int, width: int) -> int:
         """Return how many numbers the decoder holds at its widest for one picture."""
         h, w = self.grid_for(height, width)

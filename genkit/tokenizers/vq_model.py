@@ -118,6 +118,11 @@ class VQModel(ModelMixin, ConfigMixin):
         """Turn quantized latents [b, n, c] of a grid (h, w) into pictures [b, 3, H, W]."""
         raise NotImplementedError
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that makes the pixels: where the gradients of losses are compared."""
+        raise NotImplementedError
+
     def decoding_numbers(self, height: int, width: int) -> int:
         """Return how many numbers the decoder holds at its widest for one picture."""
         raise NotImplementedError
