@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from genkit.paths import LAUNCH_FOLDERS, pretrained_dir, recipes_dir
+from genkit.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -136,6 +137,13 @@ def test_recipe_is_yaml_with_a_description(path: Path) -> None:
     text = path.read_text()
     assert isinstance(yaml.safe_load(text), dict)
     assert re.match(r"# \S.{10,}", text), "the first line of a recipe is a comment that says what it is for"
+
+
+@pytest.mark.parametrize("path", recipe_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_is_a_configuration_of_its_task(path: Path) -> None:
+    recipe = launch.read_recipe(path)
+    name, _, train = launch.resolve(recipe, None, [])
+    assert name == recipe["task"] and train.steps == recipe["train"]["steps"]
 
 
 def test_recipes_are_found_in_a_checkout() -> None:

@@ -27,10 +27,11 @@ from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.caches import ShiftCache
 from genkit.blocks.caps import Cache
-from genkit.blocks.fast_linear import with_fast_linear
+from genkit.blocks.fast_linear import fast_linear, with_fast_linear
 from genkit.blocks.init import normal_init
 from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.norms import build_norm
+from genkit.blocks.one_token import StepLayers
 from genkit.blocks.wrappers import TokenShift, TokenShiftConfig
 from genkit.checks import check_shape
 from genkit.generators.enat_parts import grid_of
@@ -206,3 +207,32 @@ class VIMTransformer2DModel(ModelMixin, ConfigMixin):
             return None
         places = torch.arange(n, device=device)
         return ((places[:, None] >= places) | (places < m) & (places[:, None] < m))[None, None]
+
+
+class CodeStepper:
+    """Evaluates one code per picture, behind what the caches hold.
+
+    Args:
+        transformer: its weights are used as they are.
+    """
+
+    def __init__(self, transformer: VIMTransformer2DModel) -> None:
+        self.transformer = transformer
+        self.layers = [StepLayers.of(cast(Block, block)) for block in transformer.blocks]
+        self.is_forgetful = bool(transformer.config["forgetful_cache"])
+
+    @torch.no_grad()
+    def __call__(self, codes: Tensor, cache: VIMCaches) -> Tensor:
+        """Return logits [b, K] of the code after codes [b, 1]; the caches grow by them."""
+        net = self.transformer
+        place = cast(ShiftCache, cache[0][0]).length - len(net.class_position)
+        x = net.code_embed.weight.detach()[codes] + net.code_position.detach()[place]
+        for own, block in zip(self.layers, cache, strict=True):
+            held, normed = cast(ShiftCache, block[0]), own.normed(x, own.norm1)
+            before = torch.zeros_like(normed) if self.is_forgetful else held.previous
+            held.previous = normed
+            x = x + own.attended(torch.lerp(before, normed, cast(Tensor, own.time_mix)), held.inner)
+            x = x + own.fed(own.normed(x, own.norm2))
+        norm = cast(Any, net.norm)
+        x = torch.nn.functional.layer_norm(x[:, -1], x.shape[-1:], norm.weight.detach(), norm.bias.detach(), norm.eps)
+        return fast_linear(x, net.head.weight.detach(), None)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from genkit.checks import choose
-from genkit.generators.vim import VIMCaches, VIMTransformer2DModel
+from genkit.generators.vim import CodeStepper, VIMCaches, VIMTransformer2DModel
 from genkit.pipelines.base import Callback, GenPipeline, samples_at_once_or_default
 from genkit.pipelines.outputs import OUTPUT_TYPES, ImageOutput, MemoryEstimate, StepState, to_output_type
 from genkit.pipelines.prompts import Prompt, as_prompts, resolve_prompts
@@ -44,15 +44,18 @@ class CodeWriter:
         self.transformer, self.guidance_scale, self.count = transformer, guidance_scale, len(conds)
         null = [torch.full_like(conds, transformer.null_class)] if guidance_scale != 1 else []
         self.conds = torch.cat([conds, *null])
+        self.stepper = CodeStepper(transformer)
         self.cache: VIMCaches = transformer.new_cache(len(self.conds))
         self.done: int | None = None  # codes that were evaluated
 
     @torch.no_grad()
     def logits(self, codes: Tensor) -> Tensor:
-        """Return logits [b, K], fp32, of the code after codes [b, t], of which earlier calls have seen the first ones."""
+        """Return logits [b, K], fp32, of the code after codes [b, t], of which earlier calls have seen all but the last."""
         new = codes[:, self.done or 0 :].repeat(len(self.conds) // self.count, 1)
-        conds = self.conds if self.done is None else None
-        found = self.transformer(new, conds, cache=self.cache, last_only=True).logits[:, 0].float()
+        if self.done is None:
+            found = self.transformer(new, self.conds, cache=self.cache, last_only=True).logits[:, 0].float()
+        else:
+            found = self.stepper(new, self.cache).float()
         self.done = codes.shape[1]
         if len(found) == self.count:
             return found

@@ -109,7 +109,9 @@ class CodeTask(Task):
         ids = {name: i for i, name in enumerate(self.class_names)}
         self.num_rows = len(captions) * (2 if config.flip else 1)
         self.labels = torch.tensor([] if text else [ids[caption] for caption in captions] * (2 if config.flip else 1))
-        self.prompts: Sequence[Sequence[Any]] = prompts_of(data, config.prompts_per_picture) if text else [(caption,) for caption in captions]
+        self.prompts: Sequence[Sequence[Any]] = [(caption,) for caption in captions]
+        if text:
+            self.prompts = prompts_of(data, config.prompts_per_picture)
         sizes: dict[str, Any] = {"num_classes": len(self.class_names)}
         if text:
             widths = text[0].config

@@ -117,6 +117,7 @@ class TokenizerConfig:
         flip: mirror each picture with probability 1/2.
         quantize_after: steps without quantization; 0 starts from the quantizer's own initialisation, as published.
         fit_pictures: pictures whose latents the codes are fitted to after those steps.
+        fit: how, see `VectorQuantizerBase.fit`.
         seed: of the initial weights.
     """
 
@@ -137,6 +138,7 @@ class TokenizerConfig:
     flip: bool = True
     quantize_after: int = 0
     fit_pictures: int = 192
+    fit: Literal["kmeans", "moments"] = "kmeans"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -271,7 +273,7 @@ class TokenizerTask(Task):
         chosen = torch.randperm(len(pictures), generator=generator)[: self.config.fit_pictures].tolist()  # type: ignore[arg-type]
         with torch.autocast(ctx.device.type, enabled=False):
             latents = [model.encode_latents(pictures[i]["image"][None].to(ctx.device)).flatten(0, 1) for i in chosen]
-        model.quantizer.fit(torch.cat(latents), generator)
+        model.quantizer.fit(torch.cat(latents), generator, self.config.fit)
         average.quantizer.load_state_dict(model.quantizer.state_dict())
 
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ sys.exit(code)
 
 def test_every_command_has_help_arguments_and_run() -> None:
     commands = cli.find_commands()
-    made = {"generate", "make", "reconstruct", "remesh", "shape", "video"}
+    made = {"edit", "generate", "make", "reconstruct", "remesh", "shape", "video"}
     assert set(commands) == made | {"convert", "doctor", "eval", "info", "list", "recipes", "verify"}
     for module in commands.values():
         assert isinstance(module, ModuleType)

@@ -88,6 +88,35 @@ def test_repainting_keeps_what_the_mask_keeps(model: Path, tmp_path: Path) -> No
     assert Image.open(tmp_path / "b.png").size == (16, 16)
 
 
+def test_an_edit_changes_the_white_area_alone(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = Image.effect_noise((16, 16), 90).convert("RGB")
+    before.save(tmp_path / "a.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(200, (4, 4, 12, 12))
+    mask.save(tmp_path / "mask.png")
+    words = ["edit", str(tmp_path / "a.png"), "table", "--mask", str(tmp_path / "mask.png"), "--model", str(model), "--device", "cpu"]
+    assert main([*words, "--seed", "3", "--num-images", "2", "--out", str(tmp_path / "b.png"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert [Path(path).name for path in record["images"]] == ["b_01.png", "b_02.png"]
+    after = Image.open(record["images"][0])
+    white = mask.point([0] * 128 + [255] * 128)
+    black = white.point([255] + [0] * 255)
+    kept = [Image.composite(picture, Image.new("RGB", (16, 16)), black).tobytes() for picture in (before, after)]
+    assert kept[0] == kept[1] and after.tobytes() != before.tobytes()
+    assert Image.open(record["sheet"]).size == (4 * 18 - 2, 16)
+    before.resize((20, 20)).save(tmp_path / "a.png")
+    assert main([*words, "--out", str(tmp_path / "c.png")]) == 2
+    assert "--mask must be as large as the picture, 20x20, got 16x16" in capsys.readouterr().err
+    mask.resize((20, 20)).save(tmp_path / "mask.png")
+    assert main([*words, "--out", str(tmp_path / "c.png")]) == 2
+    assert "the picture is 20x20 pixels, the model makes 16x16; add --resize" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "c.png"), "--resize"]) == 0
+    assert Image.open(tmp_path / "c.png").size == (16, 16)
+    for changed, message in ((["--out", "x.jpg"], "--out must end in .png"), (["--sheet", "x.gif"], "--sheet must end in .png")):
+        assert main([*words, *changed]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -230,3 +230,16 @@ def test_search_in_a_large_codebook_needs_little_memory() -> None:
     """)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 300
+
+
+@pytest.mark.parametrize("name", ["vq", "simvq", "ema_vq"])
+def test_codes_may_start_as_draws_with_the_latents_moments(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(500, 3, generator=generator) @ torch.tensor([[2.0, 0, 0], [1, 0.5, 0], [0, 0, 0]]) + torch.tensor([1.0, -2, 3])
+    quantizer = build_quantizer({"name": name, "codebook_size": 20_000, "dim": 3})
+    quantizer.fit(latents, torch.Generator().manual_seed(1), "moments")
+    codes = quantizer.codebook().detach()
+    assert_close(codes.mean(0), latents.mean(0), rtol=0, atol=0.06)
+    assert_close(torch.cov(codes.T), torch.cov(latents.T), rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="Did you mean 'moments'"):
+        quantizer.fit(latents, generator, "moment")

@@ -13,6 +13,16 @@ from genkit.tokenizers.quantizers.gradient import ESTIMATORS
 from genkit.tokenizers.quantizers.kmeans import kmeans
 from genkit.tokenizers.quantizers.output import QuantizerOutput
 
+FITS = ("kmeans", "moments")
+
+
+def drawn(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return draws [k, d] from the normal distribution with mean and covariance of points [n, d]."""
+    mean, covariance = points.double().mean(0), torch.cov(points.double().T).reshape(points.shape[1], -1)
+    values, vectors = torch.linalg.eigh(covariance)
+    noise = torch.randn(count, points.shape[1], generator=generator, dtype=torch.float64).to(points.device)
+    return (mean + noise * values.clamp_min(0).sqrt() @ vectors.T).float()
+
 
 class VectorQuantizerBase(nn.Module):
     """Latents [..., d] to the nearest of k codes and back.
@@ -63,8 +73,8 @@ class VectorQuantizerBase(nn.Module):
         return self.lookup(torch.arange(self.codebook_size, device=device))
 
     @torch.no_grad()
-    def fit(self, latents: Tensor, generator: torch.Generator) -> None:
-        """Start the codes at the k-means centres of latents [n, d], n well above the number of codes.
+    def fit(self, latents: Tensor, generator: torch.Generator, method: str = "kmeans") -> None:
+        """Start the codes where latents [n, d] are: at their k-means centres, or drawn from a normal distribution with their moments.
 
         A codebook that starts from noise while the encoder is still blank loses most of its codes in the first hundred steps: all
         latents are nearest to a few. Train without quantization for a while, then call this.
@@ -72,11 +82,14 @@ class VectorQuantizerBase(nn.Module):
         Args:
             latents: [n, d] of the data.
             generator: CPU generator; the result depends on it and the latents only.
+            method: "kmeans", which needs n well above the number of codes, or "moments" for codebooks of any size.
 
         Raises:
-            ValueError: if there are fewer different latents than codes.
+            ValueError: if there are fewer different latents than k-means has centres, or the method is unknown.
         """
-        self.set_codes(kmeans(self.prepare(latents.float()), self.codebook_size, generator))
+        choose(method, FITS, "way to fit codes")
+        start = kmeans if method == "kmeans" else drawn
+        self.set_codes(start(self.prepare(latents.float()), self.codebook_size, generator))
 
     def set_codes(self, codes: Tensor) -> None:
         """Make the effective codes equal to codes [k, d]."""

@@ -67,12 +67,12 @@ class ResidualQuantizer(VectorQuantizerBase):
         return torch.cat([cast(VectorQuantizerBase, layer).codebook() for layer in self.layers])
 
     @torch.no_grad()
-    def fit(self, latents: Tensor, generator: torch.Generator) -> None:
-        """Start every level's codes at the k-means centres of what the levels before leave over; shared codes at those of the latents."""
+    def fit(self, latents: Tensor, generator: torch.Generator, method: str = "kmeans") -> None:
+        """Start every level's codes where what the levels before leave over is; shared codes where the latents are."""
         residual = latents.float()
         for layer in self.layers:
             own = cast(VectorQuantizerBase, layer)
-            own.fit(residual, generator)
+            own.fit(residual, generator, method)
             residual = residual - own.lookup(own.search(own.prepare(residual)))
 
     def forward(self, latents: Tensor, gumbel: Tensor | None = None, temperature: float = 1.0) -> QuantizerOutput:
