@@ -200,6 +200,30 @@ class VIMTransformer2DModel(ModelMixin, ConfigMixin):
         logits = self.head(self.norm(x))
         return VIMOutput(logits=logits) if return_dict else (logits,)
 
+    @torch.no_grad()
+    def features(self, codes: Tensor, conds: Tensor, block: int) -> Tensor:
+        """Return features [b, d] for linear probes: the mean over all codes [b, T] of what a block puts out.
+
+        Args:
+            codes: [b, t] int64.
+            conds: [b, m] int64.
+            block: counted from 0; about the middle is best.
+
+        Raises:
+            ValueError: if there is no such block.
+
+        Source: Yu et al. 2022, section 3.3: logits of a linear layer on the averaged activations of one block.
+        """
+        if not 0 <= block < len(self.blocks):
+            raise ValueError(f"VIMTransformer2DModel.features: block must lie in 0 .. {len(self.blocks) - 1}, got {block}.")
+        kept: list[Tensor] = []
+        hook = self.blocks[block].register_forward_hook(lambda module, arguments, output: kept.append(output))
+        try:
+            self(codes, conds)
+        finally:
+            hook.remove()
+        return kept[0][:, len(self.class_position) :].mean(1)
+
     def _mask(self, n: int, device: torch.device) -> Tensor | None:
         """Return who sees whom [1, 1, n, n] where several condition tokens see each other; None where order alone decides."""
         m = len(self.class_position)

@@ -1,7 +1,7 @@
 """Frames to latents and back, through diffusers' VAE or an image tokenizer of ours, a few frames at a time.
 
-A tokenizer's latents are those before quantization, each channel with mean 0 and variance 1 over the training data; on the way back they
-snap to codes, so that small errors of a generator vanish.
+A tokenizer's latents are those before quantization, each channel with mean 0 and variance 1 over the training data. On the way back they
+may snap to codes, where small errors of a generator vanish and details of the frames too.
 
 Letters: b clips, f frames, c channels, h w of a latent, H W of a frame.
 """
@@ -30,6 +30,7 @@ class FrameLatents:
         coder: VAE or tokenizer; None for pixels.
         mean, std: of a tokenizer's latents, by channel.
         at_once: frames that are encoded or decoded together.
+        snap: whether a tokenizer's latents snap to codes before they are decoded.
 
     Raises:
         ValueError: for a tokenizer without mean and std, or with some of another number of channels.
@@ -39,6 +40,7 @@ class FrameLatents:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     at_once: int = FRAMES_AT_ONCE
+    snap: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.coder, VQModel) and not len(self.mean or ()) == len(self.std or ()) == self.coder.quantizer.dim:
@@ -107,7 +109,8 @@ class FrameLatents:
         if isinstance(coder, VQModel):
             mean, std = self._statistics(latents)
             tokens = (latents * std + mean).flatten(2).transpose(1, 2).to(weight)
-            return coder.decode_latents(coder.quantizer(tokens).quantized, (latents.shape[2], latents.shape[3]))
+            tokens = coder.quantizer(tokens).quantized if self.snap else tokens
+            return coder.decode_latents(tokens, (latents.shape[2], latents.shape[3]))
         found: Tensor = coder.decode((latents / coder.config["scaling_factor"]).to(weight)).sample
         return found
 

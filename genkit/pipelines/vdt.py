@@ -112,6 +112,7 @@ class VDTPipeline(GenPipeline):
         num_inference_steps: used when a call gives none.
         guidance_scale: used when a call gives none; 1 = off.
         latents_mean, latents_std: of a tokenizer's latents, by channel.
+        snap_latents: whether a tokenizer's latents snap to codes before they are decoded.
 
     Raises:
         ValueError: if the components do not fit together.
@@ -140,6 +141,7 @@ class VDTPipeline(GenPipeline):
         guidance_scale: float = 1.0,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        snap_latents: bool = False,
     ) -> None:
         super().__init__()
         channels = FrameLatents(vae, latents_mean, latents_std).channels
@@ -155,13 +157,14 @@ class VDTPipeline(GenPipeline):
         labels = {str(key): label for key, label in id2label.items()} if id2label else None
         self.register_to_config(
             id2label=labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, latents_mean=latents_mean,
-            latents_std=latents_std,
+            latents_std=latents_std, snap_latents=snap_latents,
         )  # fmt: skip
 
     @property
     def latents(self) -> FrameLatents:
         """The way from frames to latents and back."""
-        return FrameLatents(self.vae, self.config["latents_mean"], self.config["latents_std"], FRAMES_AT_ONCE)
+        config = self.config
+        return FrameLatents(self.vae, config["latents_mean"], config["latents_std"], FRAMES_AT_ONCE, config["snap_latents"])
 
     @property
     def factor(self) -> int:

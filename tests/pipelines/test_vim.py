@@ -157,6 +157,16 @@ def test_checkpoints_go_there_and_back() -> None:
         vim.from_official({"a": torch.zeros(1)})
 
 
+def test_probes_see_the_mean_of_a_block() -> None:
+    model, conds, kept = build(), torch.tensor([[0], [2]]), []
+    hook = model.blocks[1].register_forward_hook(lambda m, i, o: kept.append(o))
+    model(CODES, conds)
+    hook.remove()
+    assert_close(model.features(CODES, conds, 1), kept[0][:, 1:].mean(1))
+    with pytest.raises(ValueError, match=r"0 \.\. 1, got 2"):
+        model.features(CODES, conds, 2)
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="divisible by num_heads"):
         build(num_heads=3)
