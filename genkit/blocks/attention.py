@@ -16,6 +16,7 @@ from genkit.blocks.attend import attend
 from genkit.blocks.caches import KVCache
 from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, register
 from genkit.blocks.embeddings import rotary, rotate
+from genkit.blocks.heads import join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
 from genkit.checks import check_shape
@@ -169,12 +170,12 @@ class Attention(TokenMixer):
         if cache is not None and not self.config.causal:
             raise refusal(self.config, "cache")
         start = 0 if cache is None else cache.length
-        q = self.q_norm(_split(self.q(x), self.heads))
+        q = self.q_norm(split_heads(self.q(x), self.heads))
         if self.config.rope != "none":
             q = self._rotate(q, layout, start)
         k, v = self._keys(x, start=start, layout=layout, context=context, cache=cache)
         out = attend(q, k, v, mask=mask, causal=self.config.causal, scale=self.scale)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(join_heads(out))
 
     def _keys(
         self, x: Tensor, *, start: int, layout: Layout | None, context: Context | None, cache: KVCache | None
@@ -214,7 +215,7 @@ class Attention(TokenMixer):
     def _key_value(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Split projected rows [k; v] into normed key heads and value heads."""
         k, v = projected.split([self.kv_heads * self.key_dim, self.kv_heads * self.value_dim], dim=-1)
-        return self.k_norm(_split(k, self.kv_heads)), _split(v, self.kv_heads)
+        return self.k_norm(split_heads(k, self.kv_heads)), split_heads(v, self.kv_heads)
 
     def _rotate(self, heads: Tensor, layout: Layout | None, start: int) -> Tensor:
         """Rotate heads [b, heads, n, hd] of tokens that begin at `start`."""
@@ -223,8 +224,3 @@ class Attention(TokenMixer):
         key = ("rotary", axes, n, width, start, heads.device)
         cos, sin = layout.memo(key, lambda: rotary(layout.positions(axes, n, heads.device, start), width))
         return rotate(heads, cos, sin, axes)
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    """[b, n, heads * hd] -> [b, heads, n, hd]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.blocks.attend import attend
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, register
+from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, refuse_arguments, register
+from genkit.blocks.heads import head_count
 from genkit.blocks.layout import Layout
 from genkit.checks import check_shape
 
@@ -56,10 +57,7 @@ class AxialConfig(MixerConfig):
 
     def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> AxialAttention:
         """Build the module for width `dim`."""
-        chosen = heads if self.heads is None else self.heads
-        if chosen is None:
-            raise ValueError("axial: the number of heads is open; give heads in the stack string or to build().")
-        return AxialAttention(dim, self, chosen)
+        return AxialAttention(dim, self, head_count("axial", self.heads, heads, dim))
 
 
 class AxialAttention(TokenMixer):
@@ -73,8 +71,6 @@ class AxialAttention(TokenMixer):
 
     def __init__(self, dim: int, config: AxialConfig, heads: int) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"axial: dim must be divisible by heads, got dim={dim}, heads={heads}.")
         self.config: AxialConfig = config
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=config.qkv_bias)
@@ -104,9 +100,7 @@ class AxialAttention(TokenMixer):
         Raises:
             ValueError: without a grid that has the axes, or for arguments that are not taken.
         """
-        for name, value in (("context", context), ("mask", mask), ("cache", cache)):
-            if value is not None:
-                raise refusal(self.config, name)
+        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
         sizes = check_shape(x, "AxialAttention: x", "b n d", d=self.q.in_features)
         grid = self._grid(layout, sizes["n"])
         d = sizes["d"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.blocks.caps import MIXERS, Cache, ChannelMixer, Context, TokenMixer, refusal
+from genkit.blocks.caps import MIXERS, Cache, ChannelMixer, Context, TokenMixer, refusal, refuse_arguments
 from genkit.blocks.layout import Layout
 from genkit.blocks.modulation import Modulation, modulate
 from genkit.blocks.norms import build_norm
@@ -102,10 +102,10 @@ class Branch(nn.Module):
         if vectors:
             normed = modulate(normed, vectors[0], vectors[1])
         if isinstance(self.f, ChannelMixer):
-            self._refuse(context=context, mask=mask, cache=cache)
+            refuse_arguments(self.f.config, context=context, mask=mask, cache=cache)
             out = self.f(normed, layout=layout, width=width)
         else:
-            self._refuse(width=width)
+            refuse_arguments(self.f.config, width=width)
             if isinstance(context, Tensor):
                 context = self._normed_context(context, vectors)
             out = self.f(normed, layout=layout, context=context, mask=mask, cache=cache)
@@ -142,12 +142,6 @@ class Branch(nn.Module):
             got = None if mod is None else list(mod.shape)
             raise ValueError(f"Branch({self.f.config}): mod must be [b, {self.num_vectors}, d] (0 vectors: None), got {got}.")
         return mod.unbind(1)
-
-    def _refuse(self, **arguments: object) -> None:
-        """Raise for the first argument that is given though the mixer has no use for it."""
-        for name, value in arguments.items():
-            if value is not None:
-                raise refusal(self.f.config, name)
 
 
 class Block(nn.Module):

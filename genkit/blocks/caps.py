@@ -7,6 +7,7 @@ and import its file in `genkit/blocks/stack.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -139,6 +140,36 @@ def refusal(config: MixerConfig, argument: str) -> ValueError:
     """Return the error of a mixer that cannot honour an argument, with the mixers that can."""
     able = sorted(mixer.offers[argument] for mixer in MIXERS.values() if argument in mixer.offers)
     return ValueError(f"{config} does not take {argument}. Mixers that do: {', '.join(able) or 'none'}.")
+
+
+def refuse_arguments(config: MixerConfig, **arguments: object) -> None:
+    """Raise for the first argument that is given though the mixer cannot honour it.
+
+    Raises:
+        ValueError: naming the argument and the mixers that take it.
+    """
+    for name, value in arguments.items():
+        if value is not None:
+            raise refusal(config, name)
+
+
+def grid_of(config: MixerConfig, layout: Layout | None, tokens: int, *, prefix: bool = False) -> tuple[int, int, int]:
+    """Return the sides (f, h, w) of a grid of all tokens behind the prefix, f = 1 for a grid of two sides.
+
+    Args:
+        config: of the mixer, for errors.
+        layout: as handed to it.
+        tokens: n.
+        prefix: whether there may be tokens in front of the grid.
+
+    Raises:
+        ValueError: without a grid of that many tokens.
+    """
+    grid, front = (None, 0) if layout is None else (layout.grid, layout.prefix)
+    if grid is None or len(grid) not in (2, 3) or math.prod(grid) + front != tokens or (front and not prefix):
+        wanted = f"of all {tokens} tokens" + (" with its prefix" if prefix else ", without prefix")
+        raise ValueError(f"{config}: needs layout.grid (h, w) or (f, h, w) {wanted}, got {grid}, prefix {front}.")
+    return (1, *grid) if len(grid) == 2 else grid  # type: ignore[return-value]
 
 
 def _check_option(name: str, value: object, accepts: tuple[type | str | None, ...]) -> None:

@@ -14,12 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.blocks.caps import Caps, ChannelMixer, MixerConfig, option, register
+from genkit.blocks.caps import Caps, ChannelMixer, MixerConfig, option, refuse_arguments, register
 from genkit.blocks.layout import Layout
+from genkit.blocks.norms import build_norm
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 def _relu2(x: Tensor) -> Tensor:
@@ -29,6 +34,7 @@ def _relu2(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
     "tanh": torch.tanh,
     "relu": F.relu,
     "relu2": _relu2,
@@ -45,7 +51,8 @@ class MLPConfig(MixerConfig):
         ratio: hidden width as a multiple of d.
         hidden: hidden width itself; wins over `ratio`.
         act: activation between the two layers.
-        gated: act(gate(x)) * fc1(x) in place of act(fc1(x)).
+        gated: act(gate(x)) * fc1(x) in place of act(fc1(x)); "product": act(gate(x) * fc1(x)), as the public reproduction of MatFormer has
+            it.
         bias: whether the layers have biases.
         nested: widths that a call may ask for, as fractions of the hidden width, ascending up to 1.
         dropout: of hidden units, in training.
@@ -54,7 +61,7 @@ class MLPConfig(MixerConfig):
     ratio: float = option(4.0, float, int)
     hidden: int | None = option(None, int, None)
     act: str = option("gelu", *ACTIVATIONS)
-    gated: bool = option(False, bool)
+    gated: bool | str = option(False, bool, "product")
     bias: bool = option(True, bool)
     nested: tuple[float, ...] = option((1,), tuple)
     dropout: float = option(0.0, float, int)
@@ -127,7 +134,12 @@ class MLP(ChannelMixer):
             raise ValueError(f"{self.config}: width must be one of {self.config.nested}, got {width}; list it in nested=(...).")
         units = self.hidden if width is None else round(self.hidden * width)
         hidden = self._first(self.fc1, x, units)
-        hidden = self.act(hidden) if self.gate is None else self.act(self._first(self.gate, x, units)) * hidden
+        if self.gate is None:
+            hidden = self.act(hidden)
+        elif self.config.gated == "product":
+            hidden = self.act(self._first(self.gate, x, units) * hidden)
+        else:
+            hidden = self.act(self._first(self.gate, x, units)) * hidden
         if self.config.dropout:
             hidden = F.dropout(hidden, self.config.dropout, self.training)
         if units == self.hidden:
@@ -139,3 +151,55 @@ class MLP(ChannelMixer):
         if units == self.hidden:
             return layer(x)
         return F.linear(x, layer.weight[:units], None if layer.bias is None else layer.bias[:units])
+
+
+@register("bn_mlp")
+@dataclass(frozen=True)
+class BatchNormMLPConfig(MixerConfig):
+    """Options of the feed-forward mixer of convolutional transformers: a batch norm behind each layer.
+
+    Args:
+        ratio: hidden width as a multiple of d.
+        act: activation between the two layers.
+        bias: whether the layers have biases.
+    """
+
+    ratio: float = option(2.0, float, int)
+    act: str = option("relu", *ACTIVATIONS)
+    bias: bool = option(False, bool)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio <= 0:
+            raise ValueError(f"bn_mlp: ratio must be positive, got {self.ratio}.")
+
+    @property
+    def caps(self) -> Caps:
+        """Each token alone, once trained."""
+        return Caps(set_op=True, causal=True, cache=True, mask=True)
+
+    def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> BatchNormMLP:
+        """Build the module for width `dim`."""
+        return BatchNormMLP(dim, self)
+
+
+class BatchNormMLP(ChannelMixer):
+    """norm2(fc2(act(norm1(fc1(x))))) with batch norms, which in training look at all tokens of a batch.
+
+    Args:
+        dim: d.
+        config: the options.
+    """
+
+    def __init__(self, dim: int, config: BatchNormMLPConfig) -> None:
+        super().__init__()
+        self.config: BatchNormMLPConfig = config
+        hidden = round(dim * config.ratio)
+        self.act = ACTIVATIONS[config.act]
+        self.fc1, self.norm1 = nn.Linear(dim, hidden, bias=config.bias), build_norm("bn", hidden)
+        self.fc2, self.norm2 = nn.Linear(hidden, dim, bias=config.bias), build_norm("bn", dim)
+
+    def forward(self, x: Tensor, *, layout: Layout | None = None, width: float | None = None) -> Tensor:
+        """Map tokens x [b, n, d]; there is no nested width."""
+        refuse_arguments(self.config, width=width)
+        return self.norm2(self.fc2(self.act(self.norm1(self.fc1(x)))))

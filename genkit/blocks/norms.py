@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from genkit.checks import choose
 
-NORMS = ("ln", "ln_noaffine", "rms", "rms_noaffine", "none")
+NORMS = ("ln", "ln_noaffine", "rms", "rms_noaffine", "bn", "none")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -30,17 +30,28 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm of the last axis over all others: on tokens [b, n, d] what BatchNorm2d is on maps [b, d, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., d]."""
+        return super().forward(x.flatten(0, -2)).view(x.shape)
+
+
 def build_norm(kind: str, dim: int, eps: float = 1e-5) -> nn.Module:
     """Build a norm over the last axis.
 
     Args:
-        kind: one of "ln", "ln_noaffine" (for modulated branches), "rms", "rms_noaffine", "none" (identity).
+        kind: one of "ln", "ln_noaffine" (for modulated branches), "rms", "rms_noaffine", "bn" (batch norm: its averages
+            mix the steps of a generator; for published weights and tokenizers), "none" (identity).
         dim: d.
         eps: added to the variance or mean square.
     """
     choose(kind, NORMS, "norm")
     if kind == "none":
         return nn.Identity()
+    if kind == "bn":
+        return BatchNorm(dim, eps=eps)
     affine = not kind.endswith("_noaffine")
     norm = LayerNorm if kind.startswith("ln") else RMSNorm
     return norm(dim, eps=eps, elementwise_affine=affine)

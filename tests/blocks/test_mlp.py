@@ -16,6 +16,7 @@ def activation(name: str, x: Tensor) -> Tensor:
     return {
         "gelu": x * torch.special.ndtr(x),
         "gelu_tanh": 0.5 * x * (1 + cubic.tanh()),
+        "quick_gelu": x / (1 + (-1.702 * x).exp()),
         "tanh": (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
         "relu": x.clamp(min=0),
         "relu2": x.clamp(min=0) ** 2,
@@ -24,14 +25,17 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [False, True, "product"])
 @pytest.mark.parametrize("bias", [False, True])
-def test_mlp_equals_its_formula(act: str, gated: bool, bias: bool) -> None:
+def test_mlp_equals_its_formula(act: str, gated: bool | str, bias: bool) -> None:
     mlp, x = MLPConfig(ratio=2, act=act, gated=gated, bias=bias).build(6), torch.randn(2, 3, 6)
     hidden = mlp.fc1(x)
-    hidden = activation(act, hidden) if mlp.gate is None else activation(act, mlp.gate(x)) * hidden
+    if mlp.gate is None:
+        hidden = activation(act, hidden)
+    else:
+        hidden = activation(act, mlp.gate(x) * hidden) if gated == "product" else activation(act, mlp.gate(x)) * hidden
     torch.testing.assert_close(mlp(x), mlp.fc2(hidden), rtol=1e-5, atol=1e-6)
-    assert (mlp.gate is not None) == gated
+    assert (mlp.gate is not None) == bool(gated)
     assert sum(name.endswith("bias") for name, _ in mlp.named_parameters()) == bias * (3 if gated else 2)
 
 

@@ -11,6 +11,8 @@ from genkit.blocks.norms import NORMS, build_norm
 
 def formula(kind: str, x: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.double()
+    if kind == "bn":
+        return (x - x.mean((0, 1))) / (x.var((0, 1), correction=0) + eps).sqrt()
     if kind.startswith("ln"):
         x = x - x.mean(-1, keepdim=True)
     return x if kind == "none" else x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
@@ -22,7 +24,7 @@ def test_norm_equals_its_formula(kind: str, eps: float) -> None:
     x, norm = torch.randn(3, 5, 16) * 2 + 1, build_norm(kind, 16, eps)
     expected = formula(kind, x, eps)
     parameters = dict(norm.named_parameters())
-    assert set(parameters) == {"ln": {"weight", "bias"}, "rms": {"weight"}}.get(kind, set())
+    assert set(parameters) == {"ln": {"weight", "bias"}, "bn": {"weight", "bias"}, "rms": {"weight"}}.get(kind, set())
     for name, parameter in parameters.items():
         nn.init.normal_(parameter)
         expected = expected * parameter if name == "weight" else expected + parameter

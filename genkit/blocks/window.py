@@ -1,0 +1,140 @@
+"""Attention inside the windows of a grid.
+
+Source: Liu et al., Swin Transformer, ICCV 2021, arXiv 2103.14030; windows with padded tokens as keys as in Wu et al., TinyViT, ECCV 2022,
+arXiv 2207.10666.
+Letters: b batch, n tokens, d width, f h w frames, rows and columns, r side of a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from genkit.blocks.attention import Attention, AttentionConfig
+from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.layout import Layout
+from genkit.checks import check_shape
+
+
+@register("window")
+@dataclass(frozen=True)
+class WindowConfig(MixerConfig):
+    """Options of attention in windows.
+
+    Args:
+        size: r. A window that is larger than the grid is cut to it.
+        shift: the windows begin this many tokens further right and down, and tokens at opposite borders do not meet. Blocks that alternate
+            between 0 and size // 2 let neighbours of different windows see each other.
+        pad: what fills the last windows of a grid whose sides r does not divide: nothing that is attended to ("mask"), or zeros in front
+            of the projections, that are ("zero").
+        heads: query heads; the model's default if None.
+        kv_heads, qkv_bias, out_bias, qk_norm: as in `attention`.
+        rope: rotary position by row and column in the window ("2d").
+    """
+
+    size: int = option(8, int)
+    shift: int = option(0, int)
+    pad: str = option("mask", "mask", "zero")
+    heads: int | None = option(None, int, None)
+    kv_heads: int | None = option(None, int, None)
+    qkv_bias: bool = option(True, bool)
+    out_bias: bool = option(True, bool)
+    qk_norm: str = option("none", "none", "ln", "rms")
+    rope: str = option("none", "none", "2d")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1 or not 0 <= self.shift < self.size:
+            raise ValueError(f"window: size must be positive and shift lie in 0 .. size - 1, got size={self.size}, shift={self.shift}.")
+
+    @property
+    def caps(self) -> Caps:
+        """Needs the whole grid."""
+        return Caps(grid=True)
+
+    def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> WindowAttention:
+        """Build the module for width `dim`."""
+        shared = {name: getattr(self, name) for name in ("heads", "kv_heads", "qkv_bias", "out_bias", "qk_norm", "rope")}
+        return WindowAttention(self, AttentionConfig(**shared).build(dim, heads=heads))
+
+
+class WindowAttention(TokenMixer):
+    """`attention` of the tokens of each window.
+
+    Args:
+        config: the options.
+        attention: what acts in a window.
+    """
+
+    def __init__(self, config: WindowConfig, attention: Attention) -> None:
+        super().__init__()
+        self.config: WindowConfig = config
+        self.attention = attention
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        layout: Layout | None = None,
+        context: Context | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Attend in the windows of each frame.
+
+        Args:
+            x: [b, n, d], n the tokens of the grid in raster order.
+            layout: with a grid (h, w) or (f, h, w) and no prefix.
+            context, mask, cache: not taken.
+
+        Returns:
+            [b, n, d].
+
+        Raises:
+            ValueError: without a grid of all tokens, or for arguments that are not taken.
+        """
+        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
+        sizes = check_shape(x, "WindowAttention: x", "b n d")
+        f, h, w = grid_of(self.config, layout, sizes["n"])
+        zeros = self.config.pad == "zero"
+        side = (self.config.size,) * 2 if zeros else (min(self.config.size, h), min(self.config.size, w))
+        shift = tuple(self.config.shift if r < length else 0 for r, length in zip(side, (h, w), strict=True))
+        missing = (-h % side[0], -w % side[1])
+        pixels = x.reshape(sizes["b"] * f, h, w, sizes["d"])
+        pixels = F.pad(pixels, (0, 0, 0, missing[1], 0, missing[0])) if any(missing) else pixels
+        pixels = pixels.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else pixels
+        folded = rearrange(pixels, "b (i r) (j s) d -> (b i j) (r s) d", r=side[0], s=side[1])
+        allowed = None
+        if any(shift) or (any(missing) and not zeros):
+            assert layout is not None
+            key = ("window", side, shift, zeros, x.device)
+            allowed = layout.memo(key, lambda: self._allowed((h, w), side, shift, x.device))
+            allowed = allowed.repeat(len(pixels), 1, 1)[:, None]
+        out = self.attention(folded, layout=Layout(grid=side), mask=allowed)
+        rows, columns = (h + missing[0]) // side[0], (w + missing[1]) // side[1]
+        out = rearrange(out, "(b i j) (r s) d -> b (i r) (j s) d", i=rows, j=columns, r=side[0])
+        out = out.roll(shift, (1, 2)) if any(shift) else out
+        return out[:, :h, :w].reshape(x.shape)
+
+    def _allowed(self, grid: tuple[int, int], side: tuple[int, int], shift: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return which tokens of each window see each other, bool [windows, r * r, r * r]."""
+        parts = []
+        for length, r, moved in zip(grid, side, shift, strict=True):
+            padded = length + -length % r
+            place = torch.arange(padded, device=device).roll(-moved)
+            region = (place < moved).long()  # those that came round from the other border
+            parts.append((region, place < length))
+        region = parts[0][0][:, None] * 2 + parts[1][0]
+        real = parts[0][1][:, None] & parts[1][1]
+        fold = "(i r) (j s) -> (i j) (r s)"
+        region, real = (rearrange(part, fold, r=side[0], s=side[1]) for part in (region, real))
+        same = region[:, :, None] == region[:, None, :]
+        return same if self.config.pad == "zero" else same & real[:, None, :]
+
+    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Refuse: it needs the whole grid."""
+        raise refusal(self.config, "cache")

@@ -1,0 +1,201 @@
+"""Blocks of published efficient transformers, from their official state dicts to stacks of `genkit.blocks` and back.
+
+Maps [b, d, h, w] of the official code are tokens [b, h * w, d] here, and its 1 x 1 convolutions linear maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genkit.blocks import stack
+from genkit.blocks.branch import Block, Branch
+from genkit.blocks.conv import ConvConfig
+from genkit.blocks.mlp import MLP, MLPConfig
+from genkit.convert.base import ConversionReport, KeyTable, Row
+
+
+def _to_linear(weight: Tensor) -> Tensor:
+    """[o, i, 1, 1] -> [o, i]."""
+    return weight.flatten(1)
+
+
+def _to_conv(weight: Tensor) -> Tensor:
+    """[o, i] -> [o, i, 1, 1]."""
+    return weight[:, :, None, None]
+
+
+def _split(tensors: list[Tensor]) -> list[Tensor]:
+    """[q; k; v] rows -> q and kv."""
+    third = len(tensors[0]) // 3
+    return [tensors[0][:third].clone(), tensors[0][third:].clone()]
+
+
+def _join(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(tensors)]
+
+
+def _as_linear(official: str, ours: str) -> Row:
+    """A 1 x 1 convolution's weight that is a linear map's here."""
+    return Row(f"{official}.weight", f"{ours}.weight", _to_linear, _to_conv)
+
+
+def _conv_norm(official: str, layer: str, norm: str, *, is_linear: bool = True) -> list[Row]:
+    """A convolution `c` with the batch norm `bn` behind it."""
+    weight = _as_linear(f"{official}.c", layer) if is_linear else Row(f"{official}.c.weight", f"{layer}.weight")
+    return [weight, Row(f"{official}.bn.{{rest}}", f"{norm}.{{rest}}")]
+
+
+def _shvit(attends: bool) -> KeyTable:
+    """Return the rows of SHViT's block; early ones do not attend."""
+    rows = _conv_norm("conv.m", "branches.0.f.filters", "branches.0.f.norm", is_linear=False)
+    if attends:
+        rows += [
+            Row("mixer.m.pre_norm.{p}", "branches.1.f.norm.{p}"),
+            *_conv_norm("mixer.m.qkv", "branches.1.f.qkv", "branches.1.f.qkv_norm"),
+        ]
+        rows += _conv_norm("mixer.m.proj.1", "branches.1.f.proj", "branches.1.f.proj_norm")
+    ffn = f"branches.{int(attends) + 1}.f"
+    return KeyTable("shvit", rows + [row for i in (1, 2) for row in _conv_norm(f"ffn.m.pw{i}", f"{ffn}.fc{i}", f"{ffn}.norm{i}")])
+
+
+SHVIT, SHVIT_EARLY = _shvit(attends=True), _shvit(attends=False)
+META4D = KeyTable("efficientformer", [
+    Row("layer_scale_1", "branches.0.layer_scale"),
+    Row("layer_scale_2", "branches.1.layer_scale"),
+    *(_as_linear(f"mlp.fc{i}", f"branches.1.f.fc{i}") for i in (1, 2)),
+    *(Row(f"mlp.fc{i}.bias", f"branches.1.f.fc{i}.bias") for i in (1, 2)),
+    *(Row(f"mlp.norm{i}.{{rest}}", f"branches.1.f.norm{i}.{{rest}}") for i in (1, 2)),
+])  # fmt: skip
+NCB = KeyTable("next_vit", [
+    Row("mhca.group_conv3x3.weight", "branches.0.f.filters.weight"),
+    Row("mhca.norm.{rest}", "branches.0.f.norm.{rest}"),
+    _as_linear("mhca.projection", "branches.0.f.proj"),
+    Row("norm.{rest}", "branches.1.norm.{rest}"),
+    *(_as_linear(f"mlp.conv{i}", f"branches.1.f.fc{i}") for i in (1, 2)),
+    *(Row(f"mlp.conv{i}.bias", f"branches.1.f.fc{i}.bias") for i in (1, 2)),
+])  # fmt: skip
+CVT = KeyTable("cvt", [
+    *(Row(f"attn.conv_proj_{c}.conv.weight", f"branches.0.f.{c}_conv.filters.weight") for c in "qkv"),
+    *(Row(f"attn.conv_proj_{c}.bn.{{rest}}", f"branches.0.f.{c}_conv.norm.{{rest}}") for c in "qkv"),
+    *(Row(f"attn.proj_{c}.{{p}}", f"branches.0.f.{c}.{{p}}") for c in "qkv"),
+    Row("attn.proj.{p}", "branches.0.f.proj.{p}"),
+    Row("norm1.{p}", "branches.0.norm.{p}"),
+    Row("norm2.{p}", "branches.1.norm.{p}"),
+    Row("mlp.{rest}", "branches.1.f.{rest}"),
+])  # fmt: skip
+VIR = KeyTable("vir", [
+    Row(("retention.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), _split, _join),
+    Row("retention.out_proj.{p}", "branches.0.f.proj.{p}"),
+    *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
+    *(Row(f"ls{i}.gamma", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
+    Row("mlp.{rest}", "branches.1.f.{rest}"),
+])  # fmt: skip
+MATFORMER = KeyTable("matformer", [
+    Row("gate_proj.weight", "gate.weight"), Row("up_proj.weight", "fc1.weight"), Row("down_proj.weight", "fc2.weight"),
+])  # fmt: skip
+
+
+def _one(text: str, dim: int, **options: Any) -> Block:
+    """Return the block of a stack of one."""
+    (block,) = stack.build(text, dim, **options)
+    assert isinstance(block, Block)
+    return block
+
+
+def _fill(block: Block, table: KeyTable, state: Mapping[str, Tensor]) -> tuple[Block, ConversionReport]:
+    """Load a block, in evaluation mode."""
+    ours, report = table.to_ours(state, block.state_dict())
+    block.load_state_dict(ours)
+    return block.eval(), report
+
+
+def shvit_block(state: Mapping[str, Tensor], *, qk_dim: int = 16) -> tuple[Block, ConversionReport]:
+    """Return SHViT's block: a convolution, attention of one head in blocks that have it, an MLP, all with batch norms.
+
+    Args:
+        state: official tensors by key.
+        qk_dim: width of queries and keys.
+    """
+    dim, hidden = len(state["conv.m.c.weight"]), len(state["ffn.m.pw1.c.weight"])
+    norm = state.get("mixer.m.pre_norm.weight")
+    attention = [] if norm is None else [f"shsa(p={len(norm)}, qk_dim={qk_dim}, norm='gn1', bn=True)"]
+    text = " + ".join(["conv(norm='bn', bias=False)", *attention, f"bn_mlp(ratio={hidden / dim})"])
+    return _fill(_one(text, dim, norm="none"), SHVIT if attention else SHVIT_EARLY, state)
+
+
+def efficientformer_map_block(state: Mapping[str, Tensor], *, pool_size: int = 3) -> tuple[Block, ConversionReport]:
+    """Return EfficientFormer's block on maps: pooling and an MLP with batch norms, each with a learned factor per channel.
+
+    Args:
+        state: official tensors by key.
+        pool_size: side of the pooled neighbourhood.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape[:2]
+    text = f"conv(kind='pool', k={pool_size}) + bn_mlp(ratio={hidden / dim}, act='gelu', bias=True)"
+    return _fill(_one(text, dim, norm="none", layer_scale=1e-5), META4D, state)
+
+
+def next_vit_conv_block(state: Mapping[str, Tensor]) -> tuple[Block, ConversionReport]:
+    """Return Next-ViT's convolution block (NCB) that keeps size and width: multi-head convolution, and an MLP behind a batch norm.
+
+    Args:
+        state: official tensors by key.
+    """
+    filters = state["mhca.group_conv3x3.weight"]
+    dim, heads = len(filters), len(filters) // filters.shape[1]
+    mixers = (ConvConfig("mhca", heads=heads, norm="bn"), MLPConfig(hidden=len(state["mlp.conv1.weight"]), act="relu"))
+    branches = [Branch(mixer.build(dim), dim, norm) for mixer, norm in zip(mixers, ("none", "bn"), strict=True)]
+    return _fill(Block(branches, dim), NCB, state)
+
+
+def cvt_block(state: Mapping[str, Tensor], *, heads: int, stride_kv: int = 2, act: str = "quick_gelu") -> tuple[Block, ConversionReport]:
+    """Return CvT's block that keeps the width: attention behind convolutions or, for keys and values, means; an MLP.
+
+    Args:
+        state: official tensors by key.
+        heads: of the attention.
+        stride_kv: of what is in front of keys and values.
+        act: of the MLP; official models have "quick_gelu".
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    by_conv = "attn.conv_proj_k.conv.weight" in state
+    kv = "q_conv=True, kv='conv', norm='bn'" if by_conv else "kv='avg'"
+    bias = "attn.proj_q.bias" in state
+    mixer = f"reduced(r={stride_kv}, {kv}, heads={heads}, qkv_bias={bias}, scale='dim')"
+    return _fill(_one(f"{mixer} + mlp(hidden={hidden}, act={act!r})", dim), CVT, state)
+
+
+def vir_block(state: Mapping[str, Tensor], *, heads: int, softmax: bool = False, chunk: int = 64) -> tuple[Block, ConversionReport]:
+    """Return ViR's block: retention and an MLP, each with a learned factor per channel.
+
+    Args:
+        state: official tensors by key.
+        heads: of the retention.
+        softmax: as the upload trains, see `RetentionConfig`.
+        chunk: tokens of a chunk.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    text = f"retention(heads={heads}, softmax={softmax}, chunk={chunk}) + mlp(hidden={hidden})"
+    return _fill(_one(text, dim, eps=1e-6, layer_scale=1.0), VIR, state)
+
+
+def matformer_mlp(
+    state: Mapping[str, Tensor], *, nested: Sequence[float], gated: bool | str = "product", act: str = "silu"
+) -> tuple[MLP, ConversionReport]:
+    """Return MatFormer's feed-forward mixer of nested widths.
+
+    Args:
+        state: official tensors by key.
+        nested: the widths, as fractions.
+        gated: "product" as the public reproduction has it, or True for silu(gate) * up.
+        act: of the hidden units.
+    """
+    hidden, dim = state["up_proj.weight"].shape
+    mlp = MLPConfig(hidden=hidden, act=act, gated=gated, bias=False, nested=tuple(nested)).build(dim)
+    ours, report = MATFORMER.to_ours(state, mlp.state_dict())
+    mlp.load_state_dict(ours)
+    return mlp.eval(), report

@@ -1,0 +1,168 @@
+"""Runners of the golden cases of efficient blocks: outputs, inner tensors, gradients, batch statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from genkit.blocks.folding import fold_batch_norms
+from genkit.blocks.layout import Layout
+from genkit.blocks.retention import Retention, decays
+from genkit.convert import _blocks
+from genkit.convert.base import KeyTable
+from genkit.parity.base import Case, keep
+
+SUBMODELS = ("s", "m", "l", "xl")
+
+
+def _gradients(module: nn.Module, table: KeyTable) -> dict[str, Tensor]:
+    """Return the gradients of a module under the official names of its weights."""
+    shadow = copy.deepcopy(module)
+    with torch.no_grad():
+        for mine, theirs in zip(shadow.parameters(), module.parameters(), strict=True):
+            mine.copy_(torch.zeros_like(mine) if theirs.grad is None else theirs.grad)
+    return {f"grad.{key}": value for key, value in table.to_official(shadow.state_dict()).items()}
+
+
+def _run(
+    case: Case, block: Any, table: KeyTable, x: Tensor, layout: Layout | None, watched: Mapping[str, nn.Module], *, grad: Tensor
+) -> dict[str, Tensor]:
+    """Return what block cases store, of tokens x [b, n, d] and the gradient [b, n, d] of the result.
+
+    Args:
+        case: tells which tensors are stored.
+        block: the block in evaluation mode.
+        table: official names of its weights.
+        x: the tokens.
+        layout: of the tokens.
+        watched: modules by official name, whose results are kept.
+        grad: what the sum of the result is weighed with for gradients.
+    """
+    results: dict[str, Tensor] = {}
+    block = block.to(case.device).requires_grad_(True)
+    start = copy.deepcopy(block)
+    hooks = [module.register_forward_hook(keep(results, f"mid.{name}")) for name, module in watched.items()]
+    x = x.detach().requires_grad_(True)
+    results["out"] = block(x, layout=layout)
+    for hook in hooks:
+        hook.remove()
+    (results["out"] * grad).sum().backward()
+    results |= _gradients(block, table) | {"grad_in.x": cast(Tensor, x.grad)}
+    if "fused_out" in case.output_names:
+        results["fused_out"] = fold_batch_norms(start)(x, layout=layout)
+    if "train_out" in case.output_names:
+        results["train_out"] = start.train()(x, layout=layout)
+        results |= {f"train_buf.{key}": value for key, value in table.to_official(start.state_dict()).items()}
+    return results
+
+
+def _on_maps(case: Case, block: Any, table: KeyTable, watched: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Run a block whose tensors are stored as maps [b, d, h, w]."""
+    x, grad = case.inputs["x"], case.inputs["grad_out"]
+    grid = (x.shape[2], x.shape[3])
+    results = _run(case, block, table, _tokens(x), Layout(grid=grid), watched, grad=_tokens(grad))
+    as_map = {name: value.transpose(1, 2).unflatten(2, grid) for name, value in results.items() if value.ndim == 3}
+    return _stored(case, results | as_map)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """[b, d, h, w] -> [b, h * w, d]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _stored(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave what the case stores."""
+    return {name: value for name, value in results.items() if not case.output_names or name in case.output_names}
+
+
+def shsa_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/shsa_block: SHViT."""
+    block, _ = _blocks.shvit_block(case.weights(), qk_dim=case.config["qk_dim"])
+    branches = cast(Sequence[Any], block.branches)
+    if len(branches) == 2:
+        return _on_maps(case, block, _blocks.SHVIT_EARLY, {"conv": branches[0], "ffn": branches[1]})
+    watched = {"conv": branches[0], "mixer": branches[1], "ffn": branches[2], "mixer.m.qkv": branches[1].f.qkv_norm}
+    results: dict[str, Tensor] = {}
+    hook = branches[1].f.norm.register_forward_hook(keep(results, "mid.mixer.m.pre_norm"))
+    x = case.inputs["x"]
+    block(_tokens(x), layout=Layout(grid=tuple(x.shape[2:])))
+    hook.remove()
+    normed = results["mid.mixer.m.pre_norm"].unflatten(2, x.shape[2:])
+    return _on_maps(case, block, _blocks.SHVIT, watched) | _stored(case, {"mid.mixer.m.pre_norm": normed})
+
+
+def efficientformer_meta4d(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/efficientformer_meta4d: EfficientFormer on maps."""
+    block, _ = _blocks.efficientformer_map_block(case.weights(), pool_size=case.config["pool_size"])
+    branches = cast(Sequence[Any], block.branches)
+    return _on_maps(case, block, _blocks.META4D, {"token_mixer": branches[0].f, "mlp": branches[1].f})
+
+
+def nextvit_ncb(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/nextvit_ncb: Next-ViT's convolution block of equal size and width."""
+    block, _ = _blocks.next_vit_conv_block(case.weights())
+    branches = cast(Sequence[Any], block.branches)
+    results = _on_maps(case, block, _blocks.NCB, {"mhca": branches[0].f, "mlp": branches[1].f})
+    return results | _stored(case, {"mid.patch_embed": case.inputs["x"]})
+
+
+def cvt_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/cvt_block: CvT with convolutions or means in front of its projections."""
+    config = case.config
+    act = "quick_gelu" if config["quick_gelu"] else "gelu"
+    block, _ = _blocks.cvt_block(case.weights(), heads=config["num_heads"], stride_kv=config["stride_kv"], act=act)
+    mixer, mlp = (branch.f for branch in cast(Sequence[Any], block.branches))
+    watched = {"attn": mixer, "mlp": mlp}
+    if mixer.q_conv is not None:
+        watched |= {f"attn.conv_proj_{c}": getattr(mixer, f"{c}_conv") for c in "qkv"}
+    else:
+        watched["attn.conv_proj_k"] = mixer.norm
+    layout = Layout(grid=(config["h"], config["w"]), prefix=int(config["with_cls_token"]))
+    return _stored(case, _run(case, block, _blocks.CVT, case.inputs["x"], layout, watched, grad=case.inputs["grad_out"]))
+
+
+def retention(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/retention: ViR's block as its upload trains, and retention proper in its three forms."""
+    x, heads = case.inputs["x"], case.config["num_heads"]
+    trained, _ = _blocks.vir_block(case.weights(), heads=heads, softmax=True)
+    results = _run(case, trained, _blocks.VIR, x, None, {}, grad=case.inputs["grad_out"])
+    block, _ = _blocks.vir_block(case.weights(), heads=heads, chunk=case.config["chunk"])
+    mixer = cast(Retention, cast(Any, block.branches[0]).f)
+    b, n, _ = x.shape
+    with torch.no_grad():
+        results["softmax_parallel"] = cast(Any, trained.branches[0]).f(x)
+        results["linear_parallel"] = mixer(x)
+        whole, one, blocks = (
+            owner.new_cache(b, n, device=x.device, dtype=x.dtype) for owner in cast(Any, (mixer, mixer, block))
+        )  # fmt: skip
+        results["chunkwise"], results["chunkwise_state"] = mixer(x, cache=whole), whole["state"]
+        results["recurrent"] = torch.cat([mixer(token, cache=one) for token in x.split(1, dim=1)], dim=1)
+        results["recurrent_state"] = one["state"]
+        results["block_recurrent"] = torch.cat([block(token, cache=blocks) for token in x.split(1, dim=1)], dim=1)
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    results["gammas"] = decays(heads)
+    results["mask"] = torch.where(distance >= 0, decays(heads).view(-1, 1, 1) ** distance.clamp(min=0), 0.0)
+    return _stored(case, results)
+
+
+def matformer_ffn(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/matformer_ffn: every nested width of the reproduction, of the gated form and of the plain one."""
+    nested, weights = case.config["scale_factors"], case.weights()
+    x, grad = case.inputs["x"], case.inputs["grad_out"]
+    results: dict[str, Tensor] = {}
+    released, conventional = (_blocks.matformer_mlp(weights, nested=nested, gated=gated)[0] for gated in ("product", True))
+    plain_weights = {key: value for key, value in weights.items() if not key.startswith("gate_proj")}
+    plain, _ = _blocks.matformer_mlp(plain_weights, nested=nested, gated=False, act="gelu")
+    for name, width in zip(SUBMODELS, nested, strict=True):
+        released.zero_grad()
+        mine = x.detach().requires_grad_(True)
+        out = released(mine, width=width)
+        (out * grad).sum().backward()
+        results |= {f"{name}.out": out, f"{name}.grad_in.x": cast(Tensor, mine.grad)}
+        results |= {f"{name}.{key}": value for key, value in _gradients(released, _blocks.MATFORMER).items()}
+        results |= {f"{name}.out_swiglu": conventional(x, width=width), f"{name}.out_gelu_mlp": plain(x, width=width)}
+    return _stored(case, results)

@@ -1,0 +1,261 @@
+"""Laws of the token mixers that are attention in another arrangement, linear recurrences, or convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from genkit.blocks import stack
+from genkit.blocks.attention import AttentionConfig
+from genkit.blocks.conv import ConvConfig, to_map, to_tokens
+from genkit.blocks.folding import fold_batch_norms
+from genkit.blocks.latent import LatentConfig
+from genkit.blocks.layout import Layout
+from genkit.blocks.linear import LinearConfig
+from genkit.blocks.reduced import ReducedConfig
+from genkit.blocks.retention import RetentionConfig, decays
+from genkit.blocks.scan import scan
+from genkit.blocks.shsa import SHSAConfig
+from genkit.blocks.window import WindowConfig
+
+D, HEADS = 8, 2
+
+
+def tokens(n: int, b: int = 3, d: int = D) -> Tensor:
+    return torch.randn(b, n, d, generator=torch.Generator().manual_seed(0))
+
+
+def built(config: Any, dim: int = D) -> Any:
+    torch.manual_seed(1)
+    return config.build(dim, heads=HEADS).eval()
+
+
+def windowed(x: Tensor, grid: tuple[int, int], size: int, shift: int, attention: Any) -> Tensor:
+    """Attention in windows, one window after the other."""
+    h, w = grid
+    out = torch.empty_like(x)
+
+    def starts(length: int) -> list[range]:
+        edges = [0, *range(shift, length, size)] if shift else list(range(0, length, size))
+        return [range(a, b) for a, b in zip(edges, [*edges[1:], length], strict=True)]
+
+    for rows in starts(h):
+        for columns in starts(w):
+            index = torch.tensor([r * w + c for r in rows for c in columns])
+            out[:, index] = attention(x[:, index])
+    return out
+
+
+@pytest.mark.parametrize(("grid", "size", "shift"), [((4, 6), 2, 0), ((5, 7), 3, 0), ((4, 6), 2, 1), ((5, 7), 3, 1), ((2, 9), 4, 2)])
+def test_windows_are_attention_of_each_window(grid: tuple[int, int], size: int, shift: int) -> None:
+    mixer, x = built(WindowConfig(size, shift)), tokens(grid[0] * grid[1])
+    moved = shift if size < min(grid) else 0
+    if size >= grid[0] and shift:  # the rows are one window, so only columns shift
+        pytest.skip("covered by the strip below")
+    assert_close(mixer(x, layout=Layout(grid=grid)), windowed(x, grid, size, moved, mixer.attention), rtol=1e-5, atol=1e-6)
+
+
+def test_a_window_as_large_as_the_grid_is_attention_and_only_longer_sides_shift() -> None:
+    x = tokens(15)
+    mixer = built(WindowConfig(5, 2))
+    assert_close(mixer(x[:, :9], layout=Layout(grid=(3, 3))), mixer.attention(x[:, :9]), rtol=1e-5, atol=1e-6)
+    strip = built(WindowConfig(3, 1))
+    parts = [strip.attention(x.view(3, 3, 5, D)[:, :, a:b].flatten(1, 2)).unflatten(1, (3, b - a)) for a, b in ((0, 1), (1, 4), (4, 5))]
+    assert_close(strip(x, layout=Layout(grid=(3, 5))), torch.cat(parts, dim=2).flatten(1, 2), rtol=1e-5, atol=1e-6)
+
+
+def test_padded_tokens_are_keys_only_on_request_and_frames_stay_apart() -> None:
+    x = tokens(9)
+    hidden, seen = (built(WindowConfig(2, pad=pad)) for pad in ("mask", "zero"))
+    seen.load_state_dict(hidden.state_dict())
+    whole, zeros = hidden(x, layout=Layout(grid=(3, 3))), seen(x, layout=Layout(grid=(3, 3)))
+    assert_close(whole[:, 0], zeros[:, 0])
+    assert_close(whole[:, 8:], hidden.attention(x[:, 8:]), rtol=1e-5, atol=1e-6)
+    assert_close(zeros[:, 8:], hidden.attention(F.pad(x[:, 8:], (0, 0, 0, 3)))[:, :1], rtol=1e-5, atol=1e-6)
+    both = torch.cat([x, x.flip(1)], dim=1)
+    assert_close(hidden(both, layout=Layout(grid=(2, 3, 3)))[:, :9], whole, rtol=1e-5, atol=1e-6)
+
+
+def test_reduced_by_one_is_attention_and_pools_take_means() -> None:
+    x, layout = tokens(15), Layout(grid=(3, 5))
+    mixer, plain = built(ReducedConfig(r=1)), built(AttentionConfig())
+    plain.load_state_dict(
+        {f"q.{p}": getattr(mixer.q, p) for p in ("weight", "bias")}
+        | {f"kv.{p}": torch.cat([getattr(mixer.k, p), getattr(mixer.v, p)]) for p in ("weight", "bias")}
+        | {f"proj.{p}": getattr(mixer.proj, p) for p in ("weight", "bias")}
+    )
+    assert_close(mixer(x, layout=layout), plain(x), rtol=1e-5, atol=1e-6)
+    coarse = built(ReducedConfig(r=2))
+    keys = torch.stack([x.view(3, 3, 5, D)[:, i : i + 2, j : j + 2].mean((1, 2)) for i in (0, 2) for j in (0, 2, 4)], dim=1)
+    q, k, v = (layer(part).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer, part in zip((coarse.q, coarse.k, coarse.v), (x, keys, keys), strict=True))  # fmt: skip
+    wanted = coarse.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    assert_close(coarse(x, layout=layout), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv", ["pool", "conv", "avg", "run"])
+def test_prefix_tokens_are_queries_and_keys_that_nothing_touches(kv: str) -> None:
+    mixer, x = built(ReducedConfig(kv, q_conv=True)), tokens(14)
+    layout = Layout(grid=(3, 4), prefix=2)
+    out, swapped = mixer(x, layout=layout), mixer(torch.cat([x[:, [1, 0]], x[:, 2:]], dim=1), layout=layout)
+    assert_close(swapped, torch.cat([out[:, [1, 0]], out[:, 2:]], dim=1), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(mixer(torch.cat([x[:, :2] + 1, x[:, 2:]], dim=1), layout=layout)[:, 2:], out[:, 2:])
+    with pytest.raises(ValueError, match="belongs to no frame"):
+        mixer(x, layout=Layout(grid=(2, 2, 3), prefix=2))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("varying", [False, True])
+def test_scans_are_the_recurrence(chunk: int, varying: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, HEADS, 10, 4), torch.randn(2, HEADS, 10, 4), torch.randn(2, HEADS, 10, 3)
+    log_decay = -torch.rand(2, HEADS, 10) if varying else -torch.rand(HEADS)
+    start = torch.randn(2, HEADS, 4, 3)
+    state, wanted = start, []
+    for t in range(10):
+        g = (log_decay[:, :, t] if varying else log_decay.expand(2, -1)).exp()[..., None, None]
+        state = g * state + k[:, :, t, :, None] * v[:, :, t, None]
+        wanted.append((q[:, :, t, None] @ state)[:, :, 0])
+    y, end = scan(q, k, v, log_decay, chunk=chunk, state=start)
+    assert_close(y, torch.stack(wanted, dim=2), rtol=1e-4, atol=1e-5)
+    assert_close(end, state, rtol=1e-4, atol=1e-5)
+
+
+def _weighed(mixer: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """(q k^T hd^-0.5 * weight) v of a retention's projections, weight [b|1, heads, n, n]."""
+    q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (mixer.q(x), *mixer.kv(x).chunk(2, -1)))
+    return mixer.proj(((q @ k.transpose(2, 3) * (D // HEADS) ** -0.5 * weight) @ v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("decay", ["fixed", "learned", "data"])
+def test_both_ways_weights_fall_with_the_distance(decay: str) -> None:
+    mixer, x = built(RetentionConfig(decay, scan="bidir", chunk=3)), tokens(7)
+    if decay == "data":
+        steps = F.logsigmoid(mixer.decay(x)).transpose(1, 2) / 16
+        reached = steps.cumsum(-1)
+        weight = -(reached[..., :, None] - reached[..., None, :]).abs()
+    else:
+        place = torch.arange(7)
+        weight = -(place[:, None] - place).abs() * -decays(HEADS).log().view(1, -1, 1, 1)
+    assert_close(mixer(x), _weighed(mixer, x, weight.exp()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cross_scan_adds_the_columns_way() -> None:
+    cross, bidir, x = built(RetentionConfig(scan="cross")), built(RetentionConfig(scan="bidir")), tokens(12)
+    bidir.load_state_dict(cross.state_dict())
+    order = torch.arange(12).view(2, 2, 3).transpose(1, 2).flatten()
+    columns = bidir(x[:, order])[:, order.argsort()]
+    assert_close(cross(x, layout=Layout(grid=(2, 2, 3))), bidir(x) + columns - bidir.proj.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_attention_of_one_token_is_its_value_and_equals_its_written_out_weights() -> None:
+    mixer, x = built(LinearConfig()), tokens(9)
+    alone = mixer.proj(mixer.kv(x[:, :1])[..., D:])
+    assert_close(mixer(x[:, :1]), alone, rtol=1e-5, atol=1e-6)
+    q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (mixer.q(x), *mixer.kv(x).chunk(2, -1)))
+    weights = mixer.feature(q) @ mixer.feature(k).transpose(2, 3)
+    wanted = mixer.proj((weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+    assert_close(mixer(x), wanted, rtol=1e-5, atol=1e-6)
+    causal = built(LinearConfig(causal=True, chunk=4))
+    lower = weights.tril()
+    wanted = mixer.proj((lower / lower.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+    assert_close(causal(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [LinearConfig(), LinearConfig("elu1"), SHSAConfig(), SHSAConfig(norm="ln"), LatentConfig(m=3)])
+def test_a_mask_is_the_same_as_leaving_tokens_out(config: Any) -> None:
+    mixer, x = built(config), tokens(7)
+    mask = torch.tensor([True, False, True, True, False, True, True]).expand(3, -1)
+    assert_close(mixer(x, mask=mask)[:, mask[0]], mixer(x[:, mask[0]]), rtol=1e-5, atol=1e-6)
+
+
+def test_masks_that_no_sum_can_honour_are_refused() -> None:
+    x = tokens(4)
+    nobody = built(LinearConfig())(x, mask=torch.zeros(3, 4, dtype=torch.bool))
+    assert nobody.isfinite().all()
+    with pytest.raises(ValueError, match=r"mask must be \[3, 4\]"):
+        built(LinearConfig())(x, mask=torch.ones(3, 1, 4, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="must be bool"):
+        built(LinearConfig())(x, mask=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="does not take mask"):
+        built(SHSAConfig(norm="gn1"))(x, mask=torch.ones(3, 4, dtype=torch.bool))
+
+
+def test_latents_take_shares_that_sum_to_one_and_pools_start_at_means() -> None:
+    mixer, x = built(LatentConfig(m=4, source="pool", self_layers=0)), tokens(16)
+    k = mixer.kv(x)[..., :D].unflatten(2, (HEADS, -1)).transpose(1, 2)
+    start = mixer._start(x, Layout(grid=(4, 4)))
+    assert_close(start[:, 0], x.view(3, 4, 4, D)[:, :2, :2].mean((1, 2)), rtol=1e-5, atol=1e-6)
+    assert_close(mixer.weights(k, start).sum(-1), torch.ones(3, HEADS, 4), rtol=1e-5, atol=1e-5)
+    assert mixer._start(tokens(32), Layout(grid=(2, 4, 4))).shape == (3, 8, D)
+
+
+def test_channels_that_do_not_attend_pass() -> None:
+    mixer, x = built(SHSAConfig(p=3, qk_dim=4)), tokens(5)
+    changed = x.clone()
+    changed[:, 0, 3:] += 1
+    assert torch.equal(mixer(changed)[:, 1:], mixer(x)[:, 1:]) and not torch.equal(mixer(changed)[:, 0], mixer(x)[:, 0])
+    changed[:, 0, :3] += 1
+    assert not torch.equal(mixer(changed)[:, 1:], mixer(x)[:, 1:])
+
+
+@pytest.mark.parametrize("kind", ["dw", "mhca", "pool"])
+def test_convolutions_commute_with_shifts_away_from_the_border(kind: str) -> None:
+    mixer, grid = built(ConvConfig(kind)), (7, 8)
+    x = tokens(56)
+    out = mixer(x, layout=Layout(grid=grid))
+    moved = to_tokens(to_map(x, (1, *grid)).roll((1, 2), (2, 3)), 3)
+    again = to_map(mixer(moved, layout=Layout(grid=grid)), (1, *grid)).roll((-1, -2), (2, 3))
+    assert_close(again[:, :, 1:-2, 1:-3], to_map(out, (1, *grid))[:, :, 1:-2, 1:-3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["conv(norm='bn') + bn_mlp", "shsa(bn=True, p=4) + mlp", "reduced(kv='conv', norm='bn', q_conv=True) + mlp(gated=True)"]
+)
+@pytest.mark.parametrize("norm", ["none", "bn"])
+def test_folded_batch_norms_change_nothing(text: str, norm: str) -> None:
+    torch.manual_seed(2)
+    block = stack.build(text, D, heads=HEADS, norm=norm)[0]
+    layout, x = Layout(grid=(3, 4)), tokens(12)
+    for _ in range(3):
+        block(x * 2 + 1, layout=layout)
+    block.eval()
+    folded = fold_batch_norms(block)
+    assert_close(folded(x, layout=layout), block(x, layout=layout), rtol=1e-5, atol=1e-5)
+    left = sum("running_mean" in key for key in folded.state_dict())
+    assert left < sum("running_mean" in key for key in block.state_dict()) and left == (norm == "bn") * (2 if "bn_mlp" in text else 1)
+
+
+@pytest.mark.parametrize("text", ["window", "conv", "reduced", "latent(source='pool')", "retention(scan='cross')"])
+def test_mixers_of_grids_name_what_they_need(text: str) -> None:
+    mixer = stack.parse(text)[0][0].build(D, heads=HEADS)
+    for layout in (None, Layout(), Layout(grid=(2, 2)), Layout(grid=(6,))):
+        with pytest.raises(ValueError, match=r"needs layout.grid \(h, w\) or \(f, h, w\) of all 6 tokens"):
+            mixer(tokens(6), layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("window(size=4, shift=4)", "shift lie in 0 .. size - 1"),
+        ("conv(k=4)", "k must be odd"),
+        ("reduced(r=0)", "r must be positive"),
+        ("retention(chunk=0)", "chunk must be positive"),
+        ("retention(softmax=True, decay='data')", "needs scan='forward'"),
+        ("linear(chunk=0)", "chunk must be positive"),
+        ("shsa(norm='gn1', causal=True)", "needs norm='rms' or 'ln'"),
+        ("shsa(p=0)", "p and qk_dim be positive"),
+        ("latent(m=5, source='pool')", "square number of latents"),
+        ("latent(m=0)", "m must be positive"),
+        ("bn_mlp(ratio=0)", "ratio must be positive"),
+        ("shsa(p=9)", "got p=9, dim=8"),
+        ("linear(heads=3)", "divisible by heads, got dim=8, heads=3"),
+    ],
+)
+def test_options_out_of_range_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stack.build(text, D, heads=HEADS)
