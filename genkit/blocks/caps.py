@@ -153,22 +153,20 @@ def refuse_arguments(config: MixerConfig, **arguments: object) -> None:
             raise refusal(config, name)
 
 
-def grid_of(config: MixerConfig, layout: Layout | None, tokens: int, *, prefix: bool = False) -> tuple[int, int, int]:
+def grid_of(config: MixerConfig, layout: Layout | None, tokens: int) -> tuple[int, int, int]:
     """Return the sides (f, h, w) of a grid of all tokens behind the prefix, f = 1 for a grid of two sides.
 
     Args:
         config: of the mixer, for errors.
         layout: as handed to it.
-        tokens: n.
-        prefix: whether there may be tokens in front of the grid.
+        tokens: n, with the prefix.
 
     Raises:
         ValueError: without a grid of that many tokens.
     """
     grid, front = (None, 0) if layout is None else (layout.grid, layout.prefix)
-    if grid is None or len(grid) not in (2, 3) or math.prod(grid) + front != tokens or (front and not prefix):
-        wanted = f"of all {tokens} tokens" + (" with its prefix" if prefix else ", without prefix")
-        raise ValueError(f"{config}: needs layout.grid (h, w) or (f, h, w) {wanted}, got {grid}, prefix {front}.")
+    if grid is None or len(grid) not in (2, 3) or math.prod(grid) + front != tokens:
+        raise ValueError(f"{config}: needs layout.grid (h, w) or (f, h, w) of all {tokens} tokens, got {grid} with a prefix of {front}.")
     return (1, *grid) if len(grid) == 2 else grid  # type: ignore[return-value]
 
 

@@ -96,8 +96,8 @@ class Conv(TokenMixer):
         """Filter each frame.
 
         Args:
-            x: [b, n, d], n the tokens of the grid in raster order.
-            layout: with a grid (h, w) or (f, h, w) and no prefix.
+            x: [b, n, d], the tokens of the grid in raster order behind the prefix.
+            layout: with a grid (h, w) or (f, h, w). Tokens of its prefix have no neighbours and get 0.
             context, mask, cache: not taken.
 
         Returns:
@@ -109,12 +109,16 @@ class Conv(TokenMixer):
         refuse_arguments(self.config, context=context, mask=mask, cache=cache)
         sizes = check_shape(x, "Conv: x", "b n d")
         grid, k = grid_of(self.config, layout, sizes["n"]), self.config.k
-        pixels = to_map(x, grid)
+        first = 0 if layout is None else layout.prefix
+        tokens = x[:, first:]
+        pixels = to_map(tokens, grid)
         if self.filters is None:
             pooled = F.avg_pool2d(pixels, k, stride=1, padding=k // 2, count_include_pad=False)
-            return self.norm(to_tokens(pooled, sizes["b"]) - x)
-        out = self.norm(to_tokens(self.filters(pixels), sizes["b"]))
-        return out if self.proj is None else self.proj(F.relu(out))
+            out = self.norm(to_tokens(pooled, sizes["b"]) - tokens)
+        else:
+            out = self.norm(to_tokens(self.filters(pixels), sizes["b"]))
+            out = out if self.proj is None else self.proj(F.relu(out))
+        return F.pad(out, (0, 0, first, 0)) if first else out
 
     def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Refuse: it needs the whole grid."""

@@ -102,7 +102,7 @@ class LatentAttention(TokenMixer):
 
         Args:
             x: [b, n, d].
-            layout: with a grid (h, w) or (f, h, w) and no prefix for source="pool".
+            layout: with a grid (h, w) or (f, h, w) for source="pool"; latents start from it and see the prefix too.
             context, cache: not taken.
             mask: bool [b, n], True = attend to this token, with learned latents; at least one per sample.
 
@@ -129,7 +129,7 @@ class LatentAttention(TokenMixer):
         if self.latents is not None:
             return self.latents.to(x.dtype).expand(len(x), -1, -1)
         grid, side = grid_of(self.config, layout, x.shape[1]), round(self.config.m**0.5)
-        cells = F.adaptive_avg_pool2d(to_map(x, grid), side)
+        cells = F.adaptive_avg_pool2d(to_map(x[:, 0 if layout is None else layout.prefix :], grid), side)
         return cells.flatten(2).transpose(1, 2).reshape(len(x), -1, x.shape[-1])
 
     def weights(self, k: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:

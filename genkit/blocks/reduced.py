@@ -130,7 +130,7 @@ class ReducedAttention(TokenMixer):
         """
         refuse_arguments(self.config, context=context, mask=mask, cache=cache)
         sizes = check_shape(x, "ReducedAttention: x", "b n d", d=self.q.in_features)
-        grid = grid_of(self.config, layout, sizes["n"], prefix=True)
+        grid = grid_of(self.config, layout, sizes["n"])
         first = 0 if layout is None else layout.prefix
         if first and grid[0] > 1:
             raise ValueError(f"{self.config}: a prefix of {first} tokens belongs to no frame of the grid {grid}.")

@@ -114,7 +114,7 @@ class Retention(TokenMixer):
 
         Args:
             x: [b, n, d].
-            layout: with a grid (h, w) or (f, h, w) and no prefix for scan="cross".
+            layout: with a grid (h, w) or (f, h, w) for scan="cross"; its prefix comes first in both orders.
             context, mask: not taken.
             cache: from `new_cache`; the tokens x follow those it has seen.
 
@@ -161,7 +161,9 @@ class Retention(TokenMixer):
     def _along_columns(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, layout: Layout | None) -> Tensor:
         """Scan both ways with the tokens of each frame in the order of its columns."""
         f, h, w = grid_of(self.config, layout, q.shape[2])
-        order = torch.arange(f * h * w, device=q.device).view(f, h, w).transpose(1, 2).flatten()
+        places = torch.arange(q.shape[2], device=q.device)
+        first = q.shape[2] - f * h * w
+        order = torch.cat([places[:first], places[first:].view(f, h, w).transpose(1, 2).flatten()])
         back = order.argsort()
         decay = log_decay if log_decay.ndim == 1 else log_decay[..., order]
         return self._both_ways(q[:, :, order], k[:, :, order], v[:, :, order], decay)[:, :, back]

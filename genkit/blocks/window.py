@@ -87,8 +87,8 @@ class WindowAttention(TokenMixer):
         """Attend in the windows of each frame.
 
         Args:
-            x: [b, n, d], n the tokens of the grid in raster order.
-            layout: with a grid (h, w) or (f, h, w) and no prefix.
+            x: [b, n, d], the tokens of the grid in raster order behind the prefix.
+            layout: with a grid (h, w) or (f, h, w). Tokens of its prefix enter every window; what they find there is averaged.
             context, mask, cache: not taken.
 
         Returns:
@@ -100,11 +100,12 @@ class WindowAttention(TokenMixer):
         refuse_arguments(self.config, context=context, mask=mask, cache=cache)
         sizes = check_shape(x, "WindowAttention: x", "b n d")
         f, h, w = grid_of(self.config, layout, sizes["n"])
+        first = 0 if layout is None else layout.prefix
         zeros = self.config.pad == "zero"
         side = (self.config.size,) * 2 if zeros else (min(self.config.size, h), min(self.config.size, w))
         shift = tuple(self.config.shift if r < length else 0 for r, length in zip(side, (h, w), strict=True))
         missing = (-h % side[0], -w % side[1])
-        pixels = x.reshape(sizes["b"] * f, h, w, sizes["d"])
+        pixels = x[:, first:].reshape(sizes["b"] * f, h, w, sizes["d"])
         pixels = F.pad(pixels, (0, 0, 0, missing[1], 0, missing[0])) if any(missing) else pixels
         pixels = pixels.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else pixels
         folded = rearrange(pixels, "b (i r) (j s) d -> (b i j) (r s) d", r=side[0], s=side[1])
@@ -113,12 +114,16 @@ class WindowAttention(TokenMixer):
             assert layout is not None
             key = ("window", side, shift, zeros, x.device)
             allowed = layout.memo(key, lambda: self._allowed((h, w), side, shift, x.device))
-            allowed = allowed.repeat(len(pixels), 1, 1)[:, None]
-        out = self.attention(folded, layout=Layout(grid=side), mask=allowed)
+            allowed = F.pad(allowed.repeat(len(pixels), 1, 1)[:, None], (first, 0, first, 0), value=True)
+        if first:
+            folded = torch.cat([x[:, :first].repeat_interleave(len(folded) // sizes["b"], dim=0), folded], dim=1)
+        out = self.attention(folded, layout=Layout(grid=side, prefix=first), mask=allowed)
+        front, out = out[:, :first], out[:, first:]
         rows, columns = (h + missing[0]) // side[0], (w + missing[1]) // side[1]
         out = rearrange(out, "(b i j) (r s) d -> b (i r) (j s) d", i=rows, j=columns, r=side[0])
         out = out.roll(shift, (1, 2)) if any(shift) else out
-        return out[:, :h, :w].reshape(x.shape)
+        out = out[:, :h, :w].reshape(sizes["b"], -1, sizes["d"])
+        return torch.cat([front.unflatten(0, (sizes["b"], -1)).mean(1), out], dim=1) if first else out
 
     def _allowed(self, grid: tuple[int, int], side: tuple[int, int], shift: tuple[int, ...], device: torch.device) -> Tensor:
         """Return which tokens of each window see each other, bool [windows, r * r, r * r]."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from genkit.blocks.caps import Caps
 from genkit.blocks.fast_linear import with_fast_linear
+from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
 from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape, choose
@@ -75,6 +76,7 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         dropout: on embedded tokens, in training.
         class_dropout: probability with which `drop_labels` replaces a label in training; the official data set does it.
         text_dim, pooled_dim: widths of text tokens and of the pooled text; None for a class model.
+        stack: stack string of depth + 1 blocks in place of the published ones, "(attention + mlp) * (depth + 1)".
 
     Raises:
         ValueError: if the sizes do not fit together, or not exactly one of classes and text is chosen.
@@ -107,6 +109,7 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         class_dropout: float = 0.0,
         text_dim: int | None = None,
         pooled_dim: int | None = None,
+        stack: str | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid_of(sample_size)
@@ -129,13 +132,10 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         else:
             self.text_proj = nn.Linear(text_dim, hidden_size)
             self.pooled_proj = nn.Linear(pooled_dim, hidden_size)
-        self.blocks = build_stack(
-            f"(attention(qkv_bias={qkv_bias}) + mlp(ratio={mlp_ratio})) * {depth + 1}",
-            hidden_size,
-            heads=num_heads,
-            norm="ln",
-            needs=Caps(mask=True),
-        )
+        text = f"(attention(qkv_bias={qkv_bias}) + mlp(ratio={mlp_ratio})) * {depth + 1}" if stack is None else stack
+        self.blocks = build_stack(text, hidden_size, heads=num_heads, norm="ln", needs=Caps(mask=text_dim is not None))
+        if len(self.blocks) != depth + 1:
+            raise ValueError(f"NATTransformer2DModel: depth={depth} means {depth + 1} blocks, got {len(self.blocks)} in {stack!r}.")
         self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in range(depth // 2 if skip else 0))
         self.norm = build_norm("ln", hidden_size, eps=1e-5)
         self.head = CodeHead(hidden_size, codebook_size + 1)
@@ -243,14 +243,15 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         mask, real = None, condition.token_mask
         if real is not None:
             mask = torch.cat([real, real.new_ones(len(real), self.num_tokens)], dim=1)
+        layout = Layout(grid=self.grid, prefix=condition.tokens.shape[1])
         half, kept = len(self.blocks) // 2, list[Tensor]()
         for i, block in enumerate(self.blocks):
             if i > half and self.skips:
                 x = self.skips[i - half - 1](torch.cat([x, kept.pop()], dim=-1))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, None, None, None, mask)
+                x = self._gradient_checkpointing_func(block, x, None, layout, None, mask)
             else:
-                x = block(x, mask=mask)
+                x = block(x, layout=layout, mask=mask)
             if i < half:
                 kept.append(x)
         x = self.norm(x)[:, condition.tokens.shape[1] :]

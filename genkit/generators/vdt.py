@@ -33,6 +33,7 @@ from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.modulation import Modulation, modulate
 from genkit.blocks.norms import build_norm
+from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -71,6 +72,8 @@ class VDTTransformer3DModel(ModelMixin, ConfigMixin):
         temporal: False is the image model: one frame, no temporal attention.
         merged: temporal attention has one linear map behind it (see `merge_temporal`).
         text_dim: width of a pooled text vector, or None.
+        stack: stack string of `depth` blocks in place of the published ones, "(axial('f') + axial('hw') + mlp) * depth"; every branch is
+            then modulated.
 
     Raises:
         ValueError: if the sizes do not fit together.
@@ -103,6 +106,7 @@ class VDTTransformer3DModel(ModelMixin, ConfigMixin):
         temporal: bool = True,
         merged: bool = False,
         text_dim: int | None = None,
+        stack: str | None = None,
     ) -> None:
         super().__init__()
         size = (sample_size, sample_size) if isinstance(sample_size, int) else (int(sample_size[0]), int(sample_size[1]))
@@ -121,8 +125,13 @@ class VDTTransformer3DModel(ModelMixin, ConfigMixin):
         self.timestep = TimestepMLP(hidden_size)
         self.label = nn.Embedding(num_classes + (1 if class_dropout > 0 else 0), hidden_size)
         self.text = nn.Linear(text_dim, hidden_size) if text_dim is not None else None
-        branches = partial_branches(hidden_size, num_heads, mlp_ratio, temporal, 1 if merged else 2)
-        self.blocks = nn.ModuleList([Block(branches(), hidden_size, cond_dim=hidden_size) for _ in range(depth)])
+        if stack is None:
+            branches = partial_branches(hidden_size, num_heads, mlp_ratio, temporal, 1 if merged else 2)
+            self.blocks = nn.ModuleList([Block(branches(), hidden_size, cond_dim=hidden_size) for _ in range(depth)])
+        else:
+            self.blocks = build_stack(stack, hidden_size, heads=num_heads, norm="ln_noaffine", eps=1e-6, modulated=True)
+        if len(self.blocks) != depth:
+            raise ValueError(f"VDTTransformer3DModel: depth={depth}, got {len(self.blocks)} blocks in {stack!r}.")
         self.norm = build_norm("ln_noaffine", hidden_size, 1e-6)
         self.modulation = Modulation(hidden_size, 2, hidden_size)
         self.head = nn.Linear(hidden_size, patch_size**2 * self.out_channels)

@@ -26,9 +26,10 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from genkit.blocks import stack
 from genkit.blocks.embeddings import sincos_2d
 from genkit.blocks.fast_linear import with_fast_linear
+from genkit.blocks.layout import Layout
+from genkit.blocks.stack import build as build_stack
 from genkit.checks import choose
 from genkit.tokenizers.vq_model import VQModel
 
@@ -102,13 +103,20 @@ def _halvings(patch: tuple[int, int]) -> int:
     return stages
 
 
-def _tower(dim: int, depth: int, heads: int, mlp_dim: int, dim_head: int = 64, act: str = "tanh") -> nn.ModuleList:
+def _tower(
+    dim: int, depth: int, heads: int, mlp_dim: int, dim_head: int = 64, act: str = "tanh", stack: str | None = None
+) -> nn.ModuleList:
     """Build `depth` pre-norm blocks of width `dim`; `act` is the MLP's activation (the reference uses tanh in every block)."""
+    if stack is not None:
+        found = build_stack(stack, dim, heads=heads, norm="ln", residual="pre")
+        if len(found) != depth:
+            raise ValueError(f"ViTVQModel: depth={depth}, got {len(found)} blocks in {stack!r}.")
+        return found
     if not depth:
         return nn.ModuleList()
     identity = heads == 1 and dim_head == dim  # the reference then has no output projection
     attention = f"attention(key_dim={dim_head}, qkv_bias=False{', out_proj=False' if identity else ''})"
-    return stack.build(f"({attention} + mlp(hidden={mlp_dim}, act='{act}')) * {depth}", dim, heads=heads, norm="ln", residual="pre")
+    return build_stack(f"({attention} + mlp(hidden={mlp_dim}, act='{act}')) * {depth}", dim, heads=heads, norm="ln", residual="pre")
 
 
 class ViTEncoder(nn.Module):
@@ -127,7 +135,7 @@ class ViTEncoder(nn.Module):
         tokens = rearrange(features, "b d h w -> b (h w) d")
         if len(self.blocks):  # without blocks a code depends on its neighbourhood alone, not on its place
             tokens = add_positions(tokens, h, w)
-        return self.norm(_run(self.blocks, tokens, checkpointing))
+        return self.norm(_run(self.blocks, tokens, (h, w), checkpointing))
 
 
 class ViTDecoder(nn.Module):
@@ -141,17 +149,18 @@ class ViTDecoder(nn.Module):
         self.head = ConvHead(channels, self.dim, patch) if stem == "conv" else nn.ConvTranspose2d(self.dim, channels, patch, stride=patch)
 
     def forward(self, tokens: Tensor, h: int, w: int, checkpointing: bool = False) -> Tensor:
-        tokens = self.norm(_run(self.blocks, add_positions(tokens, h, w), checkpointing))
+        tokens = self.norm(_run(self.blocks, add_positions(tokens, h, w), (h, w), checkpointing))
         return self.head(rearrange(tokens, "b (h w) d -> b d h w", h=h, w=w))
 
 
-def _run(blocks: nn.ModuleList, tokens: Tensor, checkpointing: bool) -> Tensor:
-    """Apply blocks to tokens [b, n, d], recomputing each in the backward pass if `checkpointing`."""
+def _run(blocks: nn.ModuleList, tokens: Tensor, grid: tuple[int, int], checkpointing: bool) -> Tensor:
+    """Apply blocks to tokens [b, n, d] of an h x w grid, recomputing each in the backward pass if `checkpointing`."""
+    layout = Layout(grid=grid)
     for block in blocks:
         if checkpointing:
-            tokens = torch.utils.checkpoint.checkpoint(block, tokens, use_reentrant=False)
+            tokens = torch.utils.checkpoint.checkpoint(block, tokens, None, layout, use_reentrant=False)
         else:
-            tokens = block(tokens)
+            tokens = block(tokens, layout=layout)
     return tokens
 
 
@@ -161,7 +170,7 @@ class ViTVQModel(VQModel):
     Args:
         patch_size: pixels per token side, an int or [rows, columns].
         encoder_config: dim, depth (0 for local codes), heads, mlp_dim, dim_head (64), act ("tanh"); dim a multiple of 4, heads * dim_head
-            free of dim.
+            free of dim. `stack` may give a stack string of `depth` blocks in place of attention and MLP.
         decoder_config: the same for the decoder.
         quantizer_config: config of `build_quantizer`: name, codebook_size, dim, ...
         in_channels: picture channels.
@@ -251,7 +260,7 @@ class ViTVQModel(VQModel):
 
 def _check_tower(name: str, tower: Mapping[str, Any]) -> None:
     """Check one tower's config; raises ValueError naming the key."""
-    accepted = {"dim", "depth", "heads", "mlp_dim", "dim_head", "act"}
+    accepted = {"dim", "depth", "heads", "mlp_dim", "dim_head", "act", "stack"}
     for key in tower:
         choose(key, accepted, f"key of {name}")
     missing = {"dim", "depth", "heads", "mlp_dim"} - tower.keys()

@@ -51,13 +51,10 @@ def windowed(x: Tensor, grid: tuple[int, int], size: int, shift: int, attention:
     return out
 
 
-@pytest.mark.parametrize(("grid", "size", "shift"), [((4, 6), 2, 0), ((5, 7), 3, 0), ((4, 6), 2, 1), ((5, 7), 3, 1), ((2, 9), 4, 2)])
+@pytest.mark.parametrize(("grid", "size", "shift"), [((4, 6), 2, 0), ((5, 7), 3, 0), ((4, 6), 2, 1), ((5, 7), 3, 1)])
 def test_windows_are_attention_of_each_window(grid: tuple[int, int], size: int, shift: int) -> None:
     mixer, x = built(WindowConfig(size, shift)), tokens(grid[0] * grid[1])
-    moved = shift if size < min(grid) else 0
-    if size >= grid[0] and shift:  # the rows are one window, so only columns shift
-        pytest.skip("covered by the strip below")
-    assert_close(mixer(x, layout=Layout(grid=grid)), windowed(x, grid, size, moved, mixer.attention), rtol=1e-5, atol=1e-6)
+    assert_close(mixer(x, layout=Layout(grid=grid)), windowed(x, grid, size, shift, mixer.attention), rtol=1e-5, atol=1e-6)
 
 
 def test_a_window_as_large_as_the_grid_is_attention_and_only_longer_sides_shift() -> None:
@@ -81,6 +78,29 @@ def test_padded_tokens_are_keys_only_on_request_and_frames_stay_apart() -> None:
     assert_close(hidden(both, layout=Layout(grid=(2, 3, 3)))[:, :9], whole, rtol=1e-5, atol=1e-6)
 
 
+def test_prefix_tokens_enter_every_window_and_have_no_neighbours() -> None:
+    mixer, x = built(WindowConfig(2, rope="2d")), tokens(14)
+    layout = Layout(grid=(3, 4), prefix=2)
+    out = mixer(x, layout=layout)
+    window = torch.tensor([0, 1, 2, 3, 6, 7])  # the prefix, and the first window
+    alone = mixer.attention(x[:, window], layout=Layout(grid=(2, 2), prefix=2))
+    assert_close(out[:, window[2:]], alone[:, 2:], rtol=1e-5, atol=1e-6)
+    one = mixer(x[:, window], layout=Layout(grid=(2, 2), prefix=2))
+    assert_close(one, alone, rtol=1e-5, atol=1e-6)
+    shifted = built(WindowConfig(2, 1))
+    assert_close(shifted(x, layout=layout)[:, [2]], shifted.attention(x[:, :3])[:, 2:], rtol=1e-5, atol=1e-6)
+    conv = built(ConvConfig())
+    out = conv(x, layout=layout)
+    assert_close(out[:, 2:], conv(x[:, 2:], layout=Layout(grid=(3, 4))))
+    assert not out[:, :2].any()
+
+
+@pytest.mark.parametrize("text", ["window(size=2, shift=1)", "conv(kind='pool')", "latent(m=4, source='pool')", "retention(scan='cross')"])
+def test_grids_may_have_a_prefix(text: str) -> None:
+    mixer = stack.parse(text)[0][0].build(D, heads=HEADS)
+    assert mixer(tokens(14), layout=Layout(grid=(3, 4), prefix=2)).shape == (3, 14, D)
+
+
 def test_reduced_by_one_is_attention_and_pools_take_means() -> None:
     x, layout = tokens(15), Layout(grid=(3, 5))
     mixer, plain = built(ReducedConfig(r=1)), built(AttentionConfig())
@@ -92,7 +112,8 @@ def test_reduced_by_one_is_attention_and_pools_take_means() -> None:
     assert_close(mixer(x, layout=layout), plain(x), rtol=1e-5, atol=1e-6)
     coarse = built(ReducedConfig(r=2))
     keys = torch.stack([x.view(3, 3, 5, D)[:, i : i + 2, j : j + 2].mean((1, 2)) for i in (0, 2) for j in (0, 2, 4)], dim=1)
-    q, k, v = (layer(part).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer, part in zip((coarse.q, coarse.k, coarse.v), (x, keys, keys), strict=True))  # fmt: skip
+    pairs = zip((coarse.q, coarse.k, coarse.v), (x, keys, keys), strict=True)
+    q, k, v = (layer(part).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer, part in pairs)
     wanted = coarse.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
     assert_close(coarse(x, layout=layout), wanted, rtol=1e-5, atol=1e-6)
 

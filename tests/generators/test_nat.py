@@ -133,3 +133,31 @@ def test_bad_input_is_refused() -> None:
         build().prepare_condition(torch.tensor([0]), pooled=torch.zeros(1, 7))
     with pytest.raises(ValueError, match="no classes"):
         _ = build(num_classes=None, text_dim=5, pooled_dim=7).null_class
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(attention + mlp) * 3",
+        "(shsa + mlp) * 3",
+        "window(2) + mlp, (reduced + mlp) * 2",
+        "(linear + mlp(nested=(0.5, 1))) * 3",
+        "(retention(scan='bidir') + conv + mlp) * 3",
+    ],
+)
+def test_other_blocks_by_name(text: str, tmp_path: Path) -> None:
+    model, ids, labels = build(stack=text), grid(), torch.tensor([0, 2, 4])
+    logits = model(ids, {"class_labels": labels}).logits
+    assert logits is not None and logits.shape == (3, N, 11)
+    model.save_pretrained(tmp_path)
+    again = NATTransformer2DModel.from_pretrained(tmp_path).eval()
+    assert_close(again(ids, {"class_labels": labels}).logits, logits)
+    other = model((ids + 1).clamp(max=11), {"class_labels": labels}).logits
+    assert other is not None and not torch.allclose(other, logits)
+
+
+def test_blocks_that_a_model_cannot_use_are_refused() -> None:
+    with pytest.raises(ValueError, match="depth=2 means 3 blocks, got 2"):
+        build(stack="(attention + mlp) * 2")
+    with pytest.raises(ValueError, match="lacks mask, which this model needs"):
+        build(stack="(window + mlp) * 3", num_classes=None, text_dim=5, pooled_dim=7)

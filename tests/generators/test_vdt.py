@@ -184,3 +184,15 @@ def test_block_masks_cover_at_most_the_share() -> None:
 def test_unknown_modes_are_named() -> None:
     with pytest.raises(ValueError, match="unknown mask mode 'forward'"):
         make_mask("forward", 4, 2, 2, random.Random(0))
+
+
+def test_other_blocks_by_name() -> None:
+    published = build(stack="(axial('f') + axial('hw') + mlp(act='gelu_tanh')) * 2")
+    x, t = clips()
+    with torch.no_grad():
+        assert published(x, t).sample.shape == (2, 3, 8, 4, 4)
+        other = build(stack="axial('f') + window(2) + mlp, retention(scan='cross') + conv + mlp")
+        assert_close(other(x[1:], t[1:]).sample, other(x, t).sample[1:], rtol=1e-5, atol=1e-5)
+    assert float(VDTTransformer3DModel(**SMALL, stack="(attention + mlp) * 2")(x, t).sample.abs().max()) == 0
+    with pytest.raises(ValueError, match="depth=2, got 3 blocks"):
+        build(stack="(axial + mlp) * 3")

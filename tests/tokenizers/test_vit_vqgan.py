@@ -155,3 +155,14 @@ def test_without_encoder_blocks_codes_are_local() -> None:
     changed[..., :4, :4] = 1
     assert torch.equal(model.encode(changed).indices[:, 2:, 2:], codes[:, 2:, 2:])
     assert tuple(model(x).sample.shape) == (1, 3, 32, 32)
+
+
+def test_towers_of_other_blocks() -> None:
+    depth = TOWER["depth"]
+    tower = {**TOWER, "stack": f"(window(2) + conv + mlp) * {depth}"}
+    model, pixels = tiny(encoder_config=tower).eval(), torch.rand(2, 3, 8, 12) * 2 - 1
+    plain = tiny().eval()
+    assert model.encode(pixels).indices.shape == plain.encode(pixels).indices.shape
+    assert not any("filters" in key for key in plain.state_dict()) and any("filters" in key for key in model.state_dict())
+    with pytest.raises(ValueError, match=f"depth={depth}, got {depth + 1} blocks"):
+        tiny(encoder_config={**TOWER, "stack": f"mlp * {depth + 1}"})
