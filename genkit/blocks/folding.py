@@ -17,7 +17,7 @@ from genkit.blocks.norms import BatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 # (layer, the norm behind it), by the names that mixers give them
-BEHIND = (("fc1", "norm1"), ("fc2", "norm2"), ("filters", "norm"), ("qkv", "qkv_norm"), ("proj", "proj_norm"))
+BEHIND = (("fc1", "norm1"), ("fc2", "norm2"), ("filters", "norm"), ("qkv", "qkv_norm"), ("proj", "proj_norm"), ("edges", "edges_norm"))
 
 
 def factor_and_offset(norm: BatchNorm) -> tuple[Tensor, Tensor]:

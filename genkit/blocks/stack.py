@@ -12,7 +12,20 @@ from itertools import groupby
 
 from torch import nn
 
-from genkit.blocks import attention, axial, conv, latent, linear, mlp, reduced, retention, shsa, window  # noqa: F401  (entered in MIXERS)
+from genkit.blocks import (  # noqa: F401  (their import enters the mixers in MIXERS)
+    attention,
+    axial,
+    conv,
+    graph,
+    latent,
+    linear,
+    mlp,
+    modulation_mixer,
+    reduced,
+    retention,
+    shsa,
+    window,
+)
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.caps import MIXERS, Caps, MixerConfig
 from genkit.checks import unknown

@@ -49,6 +49,15 @@ def _conv_norm(official: str, layer: str, norm: str, *, is_linear: bool = True) 
     return [weight, Row(f"{official}.bn.{{rest}}", f"{norm}.{{rest}}")]
 
 
+def _norm_behind(official: str, layer: str, norm: str) -> list[Row]:
+    """A convolution `0` and the batch norm `1` of a sequence."""
+    return [
+        _as_linear(f"{official}.0", layer),
+        Row(f"{official}.0.bias", f"{layer}.bias"),
+        Row(f"{official}.1.{{rest}}", f"{norm}.{{rest}}"),
+    ]
+
+
 def _shvit(attends: bool) -> KeyTable:
     """Return the rows of SHViT's block; early ones do not attend."""
     rows = _conv_norm("conv.m", "branches.0.f.filters", "branches.0.f.norm", is_linear=False)
@@ -90,6 +99,26 @@ CVT = KeyTable("cvt", [
 VIR = KeyTable("vir", [
     Row(("retention.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), _split, _join),
     Row("retention.out_proj.{p}", "branches.0.f.proj.{p}"),
+    *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
+    *(Row(f"ls{i}.gamma", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
+    Row("mlp.{rest}", "branches.1.f.{rest}"),
+])  # fmt: skip
+VIG = KeyTable("mobile_vig", [
+    *(row for i in (1, 2) for row in _norm_behind(f"0.fc{i}", f"branches.0.f.fc{i}", f"branches.0.f.norm{i}")),
+    *_norm_behind("0.graph_conv.nn", "branches.0.f.edges", "branches.0.f.edges_norm"),
+    *(row for i in (1, 2) for row in _norm_behind(f"1.fc{i}", f"branches.1.f.fc{i}", f"branches.1.f.norm{i}")),
+])  # fmt: skip
+EFFICIENT_MOD = KeyTable("efficient_mod", [
+    Row("gamma_1", "branches.0.layer_scale"),
+    Row("norm.{p}", "branches.0.norm.{p}"),
+    Row("mlp.context_layer.context_list.{i}.{p}", "branches.0.f.filters.{i}.{p}"),
+    *(Row(f"mlp.context_layer.{name}.{{p}}", f"branches.0.f.{name}.{{p}}") for name in "fg"),
+    *(Row(f"mlp.fc{i}.{{p}}", f"branches.0.f.fc{i}.{{p}}") for i in (1, 2)),
+])  # fmt: skip
+EFFICIENT_MOD_ATTENTION = KeyTable("efficient_mod", [
+    Row(("attn.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), _split, _join),
+    Row("attn.proj.{p}", "branches.0.f.proj.{p}"),
+    *(Row(f"attn.{c}_norm.{{p}}", f"branches.0.f.{c}_norm.{{p}}") for c in "qk"),
     *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
     *(Row(f"ls{i}.gamma", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
     Row("mlp.{rest}", "branches.1.f.{rest}"),
@@ -181,6 +210,46 @@ def vir_block(state: Mapping[str, Tensor], *, heads: int, softmax: bool = False,
     hidden, dim = state["mlp.fc1.weight"].shape
     text = f"retention(heads={heads}, softmax={softmax}, chunk={chunk}) + mlp(hidden={hidden})"
     return _fill(_one(text, dim, eps=1e-6, layer_scale=1.0), VIR, state)
+
+
+def mobile_vig_block(state: Mapping[str, Tensor], *, k: int = 2) -> tuple[Block, ConversionReport]:
+    """Return MobileViG's pair: graph convolution and an MLP, all with batch norms.
+
+    Args:
+        state: official tensors by key.
+        k: distance between neighbours.
+    """
+    hidden, dim = state["1.fc1.0.weight"].shape[:2]
+    text = f"graph(K={k}, norm='bn') + bn_mlp(ratio={hidden / dim}, act='gelu', bias=True)"
+    return _fill(_one(text, dim, norm="none"), VIG, state)
+
+
+def efficient_mod_block(state: Mapping[str, Tensor], *, act: bool | None = None) -> tuple[Block, ConversionReport]:
+    """Return EfficientMod's block of one branch.
+
+    Args:
+        state: official tensors by key.
+        act: whether hidden units are activated; as published if None.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    filters = [value.shape[-1] for key, value in sorted(state.items()) if key.endswith("weight") and "context_list" in key]
+    text = f"modulation(e={hidden // dim}, k={tuple(filters)}, act={act}, bias={'mlp.fc1.bias' in state})"
+    return _fill(_one(text, dim, layer_scale=1e-4 if "gamma_1" in state else None), EFFICIENT_MOD, state)
+
+
+def efficient_mod_attention(state: Mapping[str, Tensor], *, heads: int) -> tuple[Block, ConversionReport]:
+    """Return EfficientMod's block of attention and MLP, whose heads are at least 32 wide.
+
+    Args:
+        state: official tensors by key.
+        heads: of the attention.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    width = len(state["attn.qkv.weight"]) // (3 * heads)
+    norm = "ln" if "attn.q_norm.weight" in state else "none"
+    bias = "attn.qkv.bias" in state
+    text = f"attention(heads={heads}, key_dim={width}, qkv_bias={bias}, qk_norm={norm!r}) + mlp(hidden={hidden})"
+    return _fill(_one(text, dim, layer_scale=1.0 if "ls1.gamma" in state else None), EFFICIENT_MOD_ATTENTION, state)
 
 
 def matformer_mlp(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.blocks.folding import fold_batch_norms
@@ -108,6 +109,51 @@ def nextvit_ncb(case: Case) -> dict[str, Tensor]:
     branches = cast(Sequence[Any], block.branches)
     results = _on_maps(case, block, _blocks.NCB, {"mhca": branches[0].f, "mlp": branches[1].f})
     return results | _stored(case, {"mid.patch_embed": case.inputs["x"]})
+
+
+def svga_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/svga_block: MobileViG."""
+    block, _ = _blocks.mobile_vig_block(case.weights(), k=case.config["K"])
+    branches = cast(Sequence[Any], block.branches)
+    mixer = branches[0].f
+    results: dict[str, Tensor] = {}
+    hook = mixer.edges_norm.register_forward_hook(keep(results, "edges"))
+    x = case.inputs["x"]
+    block(_tokens(x), layout=Layout(grid=tuple(x.shape[2:])))
+    hook.remove()
+    edges = F.gelu(results["edges"]).transpose(1, 2).unflatten(2, x.shape[2:])
+    return _on_maps(case, block, _blocks.VIG, {"0": branches[0], "0.fc1": mixer.norm1}) | _stored(case, {"mid.0.graph_conv": edges})
+
+
+def efficientmod_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/efficientmod_block: EfficientMod's modulation."""
+    config = case.config
+    block, _ = _blocks.efficient_mod_block(case.weights(), act=config["mlp_ratio"] > 1 or config["conv_group_dim"] > 1)
+    mixer = cast(Any, block.branches[0]).f
+    watched = {"mlp": mixer, "mlp.context_layer": mixer.g, "mlp.fc1": mixer.fc1}
+    return _channels_last(case, block, _blocks.EFFICIENT_MOD, watched)
+
+
+def efficientmod_attention(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/efficientmod_attention: EfficientMod's attention."""
+    block, _ = _blocks.efficient_mod_attention(case.weights(), heads=case.config["num_heads"])
+    branches = cast(Sequence[Any], block.branches)
+    return _channels_last(case, block, _blocks.EFFICIENT_MOD_ATTENTION, {"attn": branches[0].f, "mlp": branches[1].f})
+
+
+def _channels_last(case: Case, block: Any, table: KeyTable, watched: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Run a block whose tensors are stored as maps [b, h, w, d]."""
+    x, grad = case.inputs["x"], case.inputs["grad_out"]
+    grid = (x.shape[1], x.shape[2])
+    results = _run(case, block, table, x.flatten(1, 2), Layout(grid=grid), watched, grad=grad.flatten(1, 2))
+    stored = case.output_shapes
+    return _stored(
+        case,
+        {
+            name: value.unflatten(1, grid) if len(stored.get(name, ())) == 4 and value.ndim == 3 else value
+            for name, value in results.items()
+        },
+    )
 
 
 def cvt_block(case: Case) -> dict[str, Tensor]:

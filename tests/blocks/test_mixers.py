@@ -14,9 +14,11 @@ from genkit.blocks import stack
 from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.conv import ConvConfig, to_map, to_tokens
 from genkit.blocks.folding import fold_batch_norms
+from genkit.blocks.graph import relative
 from genkit.blocks.latent import LatentConfig
 from genkit.blocks.layout import Layout
 from genkit.blocks.linear import LinearConfig
+from genkit.blocks.modulation_mixer import ModulationConfig
 from genkit.blocks.reduced import ReducedConfig
 from genkit.blocks.retention import RetentionConfig, decays
 from genkit.blocks.scan import scan
@@ -206,6 +208,28 @@ def test_masks_that_no_sum_can_honour_are_refused() -> None:
         built(SHSAConfig(norm="gn1"))(x, mask=torch.ones(3, 4, dtype=torch.bool))
 
 
+@pytest.mark.parametrize(("grid", "k"), [((4, 6), 2), ((6, 6), 3), ((5, 7), 2), ((3, 4), 5)])
+def test_minima_of_classes_are_the_rolls(grid: tuple[int, int], k: int) -> None:
+    x = torch.randn(2, 3, *grid)
+    wanted = torch.zeros_like(x)
+    for axis in (2, 3):
+        for shift in range(k, x.shape[axis], k):
+            wanted = torch.maximum(wanted, x - x.roll(shift, axis))
+    assert torch.equal(relative(x, k, "roll"), wanted) and torch.equal(relative(x, k), wanted)
+    if grid[0] % k or grid[1] % k:
+        with pytest.raises(ValueError, match="needs a grid that K divides"):
+            relative(x, k, "min")
+
+
+def test_modulation_multiplies_a_context_and_takes_no_prefix() -> None:
+    mixer, x, layout = built(ModulationConfig(e=2)), tokens(12), Layout(grid=(3, 4))
+    context = mixer.context(x, (1, 3, 4))
+    wanted = mixer.fc2(F.gelu(mixer.fc1(x)) * torch.cat([context, context], dim=-1))
+    assert_close(mixer(x, layout=layout), wanted)
+    with pytest.raises(ValueError, match="takes no prefix"):
+        mixer(tokens(13), layout=Layout(grid=(3, 4), prefix=1))
+
+
 def test_latents_take_shares_that_sum_to_one_and_pools_start_at_means() -> None:
     mixer, x = built(LatentConfig(m=4, source="pool", self_layers=0)), tokens(16)
     k = mixer.kv(x)[..., :D].unflatten(2, (HEADS, -1)).transpose(1, 2)
@@ -263,6 +287,9 @@ def test_mixers_of_grids_name_what_they_need(text: str) -> None:
     ("text", "message"),
     [
         ("window(size=4, shift=4)", "shift lie in 0 .. size - 1"),
+        ("graph(K=0)", "K must be positive"),
+        ("modulation(k=4)", "k odd"),
+        ("modulation(k=())", "k odd"),
         ("conv(k=4)", "k must be odd"),
         ("reduced(r=0)", "r must be positive"),
         ("retention(chunk=0)", "chunk must be positive"),
