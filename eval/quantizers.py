@@ -54,7 +54,6 @@ def train(args: argparse.Namespace, name: str, codes: int) -> tuple[Path, int, f
     out = args.out / f"{name}-{codes}"
     common = ["--task_config.data", args.train, "--task_config.quantize_after", str(args.start), "--train.sample_every", "0"]
     common += options(name, codes, args.width)
-
     def run(folder: Path, steps: int, until: int | None = None) -> float:
         overrides = [*common, "--train.out", str(folder), "--train.steps", str(steps), "--train.warmup", str(min(100, steps))]
         name, task_config, config = launch.resolve(recipe, None, overrides)

@@ -146,14 +146,8 @@ def _channels_last(case: Case, block: Any, table: KeyTable, watched: Mapping[str
     x, grad = case.inputs["x"], case.inputs["grad_out"]
     grid = (x.shape[1], x.shape[2])
     results = _run(case, block, table, x.flatten(1, 2), Layout(grid=grid), watched, grad=grad.flatten(1, 2))
-    stored = case.output_shapes
-    return _stored(
-        case,
-        {
-            name: value.unflatten(1, grid) if len(stored.get(name, ())) == 4 and value.ndim == 3 else value
-            for name, value in results.items()
-        },
-    )
+    maps = {name for name, shape in case.output_shapes.items() if len(shape) == 4}
+    return _stored(case, {name: value.unflatten(1, grid) if name in maps and value.ndim == 3 else value for name, value in results.items()})
 
 
 def cvt_block(case: Case) -> dict[str, Tensor]:

@@ -248,8 +248,9 @@ class ViTVQModel(VQModel):
     @property
     def last_layer(self) -> Tensor:
         """The weight that makes the pixels."""
-        head = self.decoder.head
-        return head.layers[-1].weight if isinstance(head, ConvHead) else head.weight
+        head: Any = self.decoder.head
+        weight: Tensor = head.layers[-1].weight if isinstance(head, ConvHead) else head.weight
+        return weight
 
     def decoding_numbers(self, height: int, width: int) -> int:
         """Return how many numbers the decoder holds at its widest for one picture."""
