@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from genkit.blocks.attend import attend
+from genkit.blocks.bias_table import KINDS, BiasTable
 from genkit.blocks.caches import KVCache
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, register
+from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, register
 from genkit.blocks.embeddings import rotary, rotate
 from genkit.blocks.heads import join_heads, split_heads
 from genkit.blocks.layout import Layout
@@ -39,6 +40,8 @@ class AttentionConfig(MixerConfig):
         out_proj: whether there is an output projection; without one heads * vd must be d.
         qk_norm: norm of each query and key head before the rotation.
         rope: rotary position of queries and keys, by running index (1d) or grid coordinates (2d), or `layout.pos`.
+        pos_bias: a learned number added to the logits by head and distance on the grid, without sign ("table_abs") or with ("table_rel").
+        table: (rows, columns) of the largest grid of `pos_bias`.
         scale: logits times hd^-0.5 ("hd") or d^-0.5 ("dim").
         keys: the tokens themselves, the context, or both in one softmax (context first).
         context_kv: the context has its own key/value projection, or shares the tokens' one.
@@ -54,6 +57,8 @@ class AttentionConfig(MixerConfig):
     out_proj: bool = option(True, bool)
     qk_norm: str = option("none", "none", "ln", "rms")
     rope: str = option("none", *ROPE_AXES)
+    pos_bias: str = option("none", "none", *KINDS)
+    table: tuple[int, int] | None = option(None, tuple, None)
     scale: str = option("hd", "hd", "dim")
     keys: str = option("self", "self", "context", "both")
     context_kv: str = option("own", "own", "shared")
@@ -75,6 +80,10 @@ class AttentionConfig(MixerConfig):
             raise ValueError("attention: causal=True orders a token's own sequence; it needs keys='self' or 'both', got keys='context'.")
         if self.context_kv == "shared" and self.keys != "both":
             raise ValueError(f"attention: context_kv='shared' needs keys='both', got keys={self.keys!r}.")
+        if (self.pos_bias == "none") != (self.table is None) or (self.table is not None and (len(self.table) != 2 or min(self.table) < 1)):
+            raise ValueError(f"attention: pos_bias and table=(rows, columns) go together, got {self.pos_bias!r} and {self.table}.")
+        if self.pos_bias != "none" and (self.keys != "self" or self.causal):
+            raise ValueError("attention: pos_bias needs keys='self' and causal=False, whose pairs all lie on the grid.")
         if self.rope != "none" and self.keys != "self":
             raise ValueError(f"attention: rope needs keys='self' (context tokens have no positions), got keys={self.keys!r}.")
 
@@ -83,7 +92,10 @@ class AttentionConfig(MixerConfig):
         """Cross-attention treats each token alone, so it is causal and needs no cache."""
         alone = self.keys == "context"
         ordered = self.causal or alone
-        return Caps(set_op=not self.causal, causal=ordered, cache=ordered, context=self.keys != "self", mask=True)
+        placed = self.pos_bias != "none"
+        return Caps(
+            set_op=not self.causal and not placed, causal=ordered, cache=ordered, grid=placed, context=self.keys != "self", mask=True
+        )
 
     def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> Attention:
         """Build the module for width `dim`; the context is `context_dim` wide, or `dim` if None."""
@@ -120,6 +132,7 @@ class Attention(TokenMixer):
         self.context_kv = nn.Linear(context_dim, rows, bias=config.qkv_bias) if own_context else None
         self.q_norm = build_norm(config.qk_norm, self.key_dim, eps=1e-6)
         self.k_norm = build_norm(config.qk_norm, self.key_dim, eps=1e-6)
+        self.bias_table = BiasTable(config.pos_bias, heads, config.table) if config.table is not None else None
         self.proj = nn.Linear(heads * self.value_dim, dim, bias=config.out_bias) if config.out_proj else nn.Identity()
 
     def _check_sizes(self, dim: int, context_dim: int) -> None:
@@ -151,7 +164,7 @@ class Attention(TokenMixer):
 
         Args:
             x: [b, n, d].
-            layout: positions for `rope`.
+            layout: positions for `rope`; the grid (h, w) for `pos_bias`.
             context: [b, m, d_c], m may be 0, or (keys, values) from `project_context`. With keys="both" it may be left out.
             mask: bool, True = attend, [b, nk] or [b, heads|1, n, nk]; nk = context + cached + own tokens.
             cache: from `new_cache`; the tokens x follow those it holds.
@@ -174,7 +187,8 @@ class Attention(TokenMixer):
         if self.config.rope != "none":
             q = self._rotate(q, layout, start)
         k, v = self._keys(x, start=start, layout=layout, context=context, cache=cache)
-        out = attend(q, k, v, mask=mask, causal=self.config.causal, scale=self.scale)
+        bias = self._bias(layout, x.shape[1])
+        out = attend(q, k, v, bias=bias, mask=mask, causal=self.config.causal, scale=self.scale)
         return self.proj(join_heads(out))
 
     def _keys(
@@ -194,6 +208,15 @@ class Attention(TokenMixer):
         if len(pairs) == 1:
             return pairs[0]
         return torch.cat([k for k, _ in pairs], dim=2), torch.cat([v for _, v in pairs], dim=2)
+
+    def _bias(self, layout: Layout | None, tokens: int) -> Tensor | None:
+        """Return what is added to the logits [1, heads, n, n], None without `pos_bias`."""
+        if self.bias_table is None:
+            return None
+        frames, h, w = grid_of(self.config, layout, tokens)
+        if frames > 1:
+            raise ValueError(f"{self.config}: pos_bias knows rows and columns, got a grid of {frames} frames.")
+        return self.bias_table((h, w), 0 if layout is None else layout.prefix)
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys [b, kv_heads, m, hd] and values [b, kv_heads, m, vd] of context tokens [b, m, d_c]."""

@@ -15,8 +15,10 @@ from einops import rearrange
 from torch import Tensor
 
 from genkit.blocks.attention import Attention, AttentionConfig
+from genkit.blocks.bias_table import KINDS
 from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
 from genkit.blocks.layout import Layout
+from genkit.blocks.norms import build_norm
 from genkit.checks import check_shape
 
 
@@ -34,6 +36,8 @@ class WindowConfig(MixerConfig):
         heads: query heads; the model's default if None.
         kv_heads, qkv_bias, out_bias, qk_norm: as in `attention`.
         rope: rotary position by row and column in the window ("2d").
+        pos_bias: learned biases by the distance in the window, see `attention`.
+        norm: a norm behind the padding, "ln", as TinyViT has it in place of the branch's: then padded tokens are its bias.
     """
 
     size: int = option(8, int)
@@ -45,6 +49,8 @@ class WindowConfig(MixerConfig):
     out_bias: bool = option(True, bool)
     qk_norm: str = option("none", "none", "ln", "rms")
     rope: str = option("none", "none", "2d")
+    pos_bias: str = option("none", "none", *KINDS)
+    norm: str = option("none", "none", "ln")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,8 +64,9 @@ class WindowConfig(MixerConfig):
 
     def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> WindowAttention:
         """Build the module for width `dim`."""
-        shared = {name: getattr(self, name) for name in ("heads", "kv_heads", "qkv_bias", "out_bias", "qk_norm", "rope")}
-        return WindowAttention(self, AttentionConfig(**shared).build(dim, heads=heads))
+        shared = {name: getattr(self, name) for name in ("heads", "kv_heads", "qkv_bias", "out_bias", "qk_norm", "rope", "pos_bias")}
+        table = None if self.pos_bias == "none" else (self.size, self.size)
+        return WindowAttention(self, AttentionConfig(**shared, table=table).build(dim, heads=heads))
 
 
 class WindowAttention(TokenMixer):
@@ -74,6 +81,7 @@ class WindowAttention(TokenMixer):
         super().__init__()
         self.config: WindowConfig = config
         self.attention = attention
+        self.norm = build_norm(config.norm, attention.q.in_features)
 
     def forward(
         self,
@@ -117,7 +125,7 @@ class WindowAttention(TokenMixer):
             allowed = F.pad(allowed.repeat(len(pixels), 1, 1)[:, None], (first, 0, first, 0), value=True)
         if first:
             folded = torch.cat([x[:, :first].repeat_interleave(len(folded) // sizes["b"], dim=0), folded], dim=1)
-        out = self.attention(folded, layout=Layout(grid=side, prefix=first), mask=allowed)
+        out = self.attention(self.norm(folded), layout=Layout(grid=side, prefix=first), mask=allowed)
         front, out = out[:, :first], out[:, first:]
         rows, columns = (h + missing[0]) // side[0], (w + missing[1]) // side[1]
         out = rearrange(out, "(b i j) (r s) d -> b (i r) (j s) d", i=rows, j=columns, r=side[0])

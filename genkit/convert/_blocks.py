@@ -15,7 +15,8 @@ from genkit.blocks import stack
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.conv import ConvConfig
 from genkit.blocks.mlp import MLP, MLPConfig
-from genkit.convert.base import ConversionReport, KeyTable, Row
+from genkit.blocks.window import WindowConfig
+from genkit.convert.base import ConversionReport, Drop, KeyTable, Row
 
 
 def _to_linear(weight: Tensor) -> Tensor:
@@ -55,6 +56,42 @@ def _norm_behind(official: str, layer: str, norm: str) -> list[Row]:
         _as_linear(f"{official}.0", layer),
         Row(f"{official}.0.bias", f"{layer}.bias"),
         Row(f"{official}.1.{{rest}}", f"{norm}.{{rest}}"),
+    ]
+
+
+def _split_heads(heads: int, key_dim: int) -> tuple[Any, Any]:
+    """Return functions from rows [q | k | v] of each head to q and kv, heads contiguous, and back."""
+
+    def load(tensors: list[Tensor]) -> list[Tensor]:
+        rows = tensors[0].unflatten(0, (heads, -1))
+        q, k, v = rows.split([key_dim, key_dim, rows.shape[1] - 2 * key_dim], dim=1)
+        return [q.flatten(0, 1), torch.cat([k.flatten(0, 1), v.flatten(0, 1)])]
+
+    def save(tensors: list[Tensor]) -> list[Tensor]:
+        k, v = tensors[1].split([heads * key_dim, len(tensors[1]) - heads * key_dim])
+        return [torch.cat([part.unflatten(0, (heads, -1)) for part in (tensors[0], k, v)], dim=1).flatten(0, 1)]
+
+    return load, save
+
+
+def table_attention_rows(official: str, ours: str, *, heads: int, key_dim: int, sides: tuple[int, int]) -> list[Row]:
+    """Return the rows of attention with a table of biases by distance, whose q, k and v lie head by head.
+
+    Args:
+        official, ours: names of the attention.
+        heads, key_dim: of the attention.
+        sides: (rows, columns) of the table, which is flat in official files.
+    """
+    load, save = _split_heads(heads, key_dim)
+    return [
+        Row((f"{official}.qkv.{{p}}",), (f"{ours}.q.{{p}}", f"{ours}.kv.{{p}}"), load, save),
+        Row(f"{official}.proj.{{p}}", f"{ours}.proj.{{p}}"),
+        Row(
+            f"{official}.attention_biases",
+            f"{ours}.bias_table.table",
+            lambda flat: flat.unflatten(1, sides),
+            lambda table: table.flatten(1),
+        ),
     ]
 
 
@@ -166,6 +203,68 @@ def efficientformer_map_block(state: Mapping[str, Tensor], *, pool_size: int = 3
     hidden, dim = state["mlp.fc1.weight"].shape[:2]
     text = f"conv(kind='pool', k={pool_size}) + bn_mlp(ratio={hidden / dim}, act='gelu', bias=True)"
     return _fill(_one(text, dim, norm="none", layer_scale=1e-5), META4D, state)
+
+
+def efficientformer_token_block(
+    state: Mapping[str, Tensor], *, heads: int, key_dim: int, resolution: int
+) -> tuple[Block, KeyTable, ConversionReport]:
+    """Return EfficientFormer's block on tokens: attention with a table of biases, and an MLP, each with a learned factor per channel.
+
+    Args:
+        state: official tensors by key.
+        heads, key_dim: of the attention.
+        resolution: side of the grid that it is made for.
+
+    Returns:
+        The block, the names of its weights, and the report.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    ratio = state["token_mixer.proj.weight"].shape[1] / (heads * key_dim)
+    sides = (resolution, resolution)
+    mixer = f"attention(heads={heads}, key_dim={key_dim}, value_ratio={ratio}, pos_bias='table_abs', table={sides})"
+    table = KeyTable("efficientformer", [
+        *table_attention_rows("token_mixer", "branches.0.f", heads=heads, key_dim=key_dim, sides=sides),
+        *(Row(f"layer_scale_{i}", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
+        *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
+        Row("mlp.{rest}", "branches.1.f.{rest}"),
+        Drop("token_mixer.attention_bias_idxs", "follows from the resolution"),
+    ])  # fmt: skip
+    block, report = _fill(_one(f"{mixer} + mlp(hidden={hidden})", dim, layer_scale=1e-5), table, state)
+    return block, table, report
+
+
+def tiny_vit_block(state: Mapping[str, Tensor], *, heads: int, window_size: int) -> tuple[Block, KeyTable, ConversionReport]:
+    """Return TinyViT's block: attention in windows with a table of biases, a depthwise convolution, an MLP.
+
+    Args:
+        state: official tensors by key.
+        heads: of the attention.
+        window_size: side of a window.
+
+    Returns:
+        The block, the names of its weights, and the report.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    k = state["local_conv.c.weight"].shape[-1]
+    mixers = (
+        WindowConfig(window_size, pad="zero", norm="ln", heads=heads, pos_bias="table_abs"),
+        ConvConfig(k=k, norm="bn", bias=False),
+        MLPConfig(hidden=hidden),
+    )
+    settings = (("none", "pre"), ("none", "none"), ("ln", "pre"))
+    pairs = zip(mixers, settings, strict=True)
+    block = Block([Branch(mixer.build(dim), dim, norm, residual=residual) for mixer, (norm, residual) in pairs], dim)
+    sides = (window_size, window_size)
+    table = KeyTable("tinyvit", [
+        *table_attention_rows("attn", "branches.0.f.attention", heads=heads, key_dim=dim // heads, sides=sides),
+        Row("attn.norm.{p}", "branches.0.f.norm.{p}"),
+        *_conv_norm("local_conv", "branches.1.f.filters", "branches.1.f.norm", is_linear=False),
+        Row("mlp.norm.{p}", "branches.2.norm.{p}"),
+        Row("mlp.{rest}", "branches.2.f.{rest}"),
+        Drop("attn.attention_bias_idxs", "follows from the window"),
+    ])  # fmt: skip
+    block, report = _fill(block, table, state)
+    return block, table, report
 
 
 def next_vit_conv_block(state: Mapping[str, Tensor]) -> tuple[Block, ConversionReport]:

@@ -103,6 +103,37 @@ def efficientformer_meta4d(case: Case) -> dict[str, Tensor]:
     return _on_maps(case, block, _blocks.META4D, {"token_mixer": branches[0].f, "mlp": branches[1].f})
 
 
+def efficientformer_meta3d(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/efficientformer_meta3d: EfficientFormer on tokens."""
+    options, x = case.config["attention"], case.inputs["x"]
+    heads, side = options["num_heads"], options["resolution"]
+    block, table, _ = _blocks.efficientformer_token_block(case.weights(), heads=heads, key_dim=options["key_dim"], resolution=side)
+    mixer, mlp = (branch.f for branch in cast(Sequence[Any], block.branches))
+    parts: dict[str, Tensor] = {}
+    hooks = [getattr(mixer, name).register_forward_hook(keep(parts, name)) for name in ("q", "kv")]
+    layout = Layout(grid=(side, side))
+    results = _run(case, block, table, x, layout, {"token_mixer": mixer, "mlp": mlp}, grad=case.inputs["grad_out"])
+    for hook in hooks:
+        hook.remove()
+    k, v = parts["kv"].split([parts["q"].shape[2], parts["kv"].shape[2] - parts["q"].shape[2]], dim=2)
+    by_head = [part.unflatten(2, (heads, -1)) for part in (parts["q"], k, v)]
+    results["mid.token_mixer.qkv"] = torch.cat(by_head, dim=3).flatten(2)
+    results["bias_full"] = mixer.bias_table((side, side))[0]
+    return _stored(case, results)
+
+
+def tinyvit_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/tinyvit_block: TinyViT."""
+    config = case.config
+    block, table, _ = _blocks.tiny_vit_block(case.weights(), heads=config["num_heads"], window_size=config["window_size"])
+    window, conv, mlp = (branch.f for branch in cast(Sequence[Any], block.branches))
+    grid = tuple(config["input_resolution"])
+    watched = {"attn": window.attention, "local_conv": conv, "mlp": mlp}
+    results = _run(case, block, table, case.inputs["x"], Layout(grid=grid), watched, grad=case.inputs["grad_out"])
+    results["mid.local_conv"] = results["mid.local_conv"].transpose(1, 2).unflatten(2, grid)
+    return _stored(case, results)
+
+
 def nextvit_ncb(case: Case) -> dict[str, Tensor]:
     """Kind efficient_blocks/nextvit_ncb: Next-ViT's convolution block of equal size and width."""
     block, _ = _blocks.next_vit_conv_block(case.weights())

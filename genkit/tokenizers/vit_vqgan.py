@@ -249,7 +249,8 @@ class ViTVQModel(VQModel):
     def last_layer(self) -> Tensor:
         """The weight that makes the pixels."""
         head: Any = self.decoder.head
-        weight: Tensor = head.layers[-1].weight if isinstance(head, ConvHead) else head.weight
+        layer: Any = head.layers[-1] if isinstance(head, ConvHead) else head
+        weight: Tensor = layer.weight
         return weight
 
     def decoding_numbers(self, height: int, width: int) -> int:

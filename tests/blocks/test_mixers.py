@@ -103,6 +103,32 @@ def test_grids_may_have_a_prefix(text: str) -> None:
     assert mixer(tokens(14), layout=Layout(grid=(3, 4), prefix=2)).shape == (3, 14, D)
 
 
+@pytest.mark.parametrize("kind", ["table_abs", "table_rel"])
+def test_tables_add_a_number_per_distance_and_follow_their_weights(kind: str) -> None:
+    mixer, x, layout = built(AttentionConfig(pos_bias=kind, table=(3, 4))), tokens(7), Layout(grid=(2, 3), prefix=1)
+    torch.nn.init.normal_(mixer.bias_table.table)
+    bias = torch.zeros(HEADS, 7, 7)
+    for i in range(6):
+        for j in range(6):
+            dy, dx = i // 3 - j // 3, i % 3 - j % 3
+            place = (abs(dy), abs(dx)) if kind == "table_abs" else (dy + 2, dx + 3)
+            bias[:, 1 + i, 1 + j] = mixer.bias_table.table[:, place[0], place[1]]
+    plain = built(AttentionConfig())
+    plain.load_state_dict({key: value for key, value in mixer.state_dict().items() if "table" not in key})
+    q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (plain.q(x), *plain.kv(x).chunk(2, -1)))
+    wanted = plain.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None]).transpose(1, 2).flatten(2))
+    assert_close(mixer(x, layout=layout), wanted, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        first = mixer(x, layout=layout)
+        assert mixer.bias_table((2, 3), 1) is mixer.bias_table((2, 3), 1)
+        mixer.bias_table.table.mul_(2)
+        assert not torch.allclose(mixer(x, layout=layout), first)
+    with pytest.raises(ValueError, match=r"at most \(3, 4\) tokens, got a grid of \(2, 5\)"):
+        mixer(tokens(10), layout=Layout(grid=(2, 5)))
+    with pytest.raises(ValueError, match="grid of 2 frames"):
+        mixer(tokens(8), layout=Layout(grid=(2, 2, 2)))
+
+
 def test_reduced_by_one_is_attention_and_pools_take_means() -> None:
     x, layout = tokens(15), Layout(grid=(3, 5))
     mixer, plain = built(ReducedConfig(r=1)), built(AttentionConfig())
@@ -286,6 +312,8 @@ def test_mixers_of_grids_name_what_they_need(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("attention(pos_bias='table_abs')", "go together"),
+        ("attention(pos_bias='table_abs', table=(2, 2), causal=True)", "needs keys='self'"),
         ("window(size=4, shift=4)", "shift lie in 0 .. size - 1"),
         ("graph(K=0)", "K must be positive"),
         ("modulation(k=4)", "k odd"),
