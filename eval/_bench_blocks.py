@@ -14,7 +14,7 @@ from genkit.blocks.layout import Layout
 
 MIXERS = (
     "attention", "attention(causal=True)", "axial('h')", "window(8)", "window(size=8, shift=4)", "reduced(r=2)", "reduced(r=4)",
-    "reduced(kv='conv', q_conv=True)", "shsa", "latent", "linear", "linear(causal=True)", "retention", "retention(scan='bidir')",
+    "reduced(kv='conv', q_conv=True)", "cga", "shsa", "latent", "linear", "linear(causal=True)", "retention", "retention(scan='bidir')",
     "retention(decay='data', gate=True)", "conv", "conv(k=7)", "conv(kind='mhca')", "conv(kind='pool')",
     "graph", "modulation", "modulation(e=4)", "mlp", "mlp(ratio=2)", "mlp(ratio=1)",
 )  # fmt: skip

@@ -22,6 +22,22 @@ from genkit.blocks.norms import build_norm
 from genkit.checks import check_shape
 
 
+def fold_windows(pixels: Tensor, side: tuple[int, int]) -> Tensor:
+    """Return the tokens [b * windows, r * s, d] of the windows of maps [b, h, w, d], whose sides (r, s) divide h and w."""
+    return rearrange(pixels, "b (i r) (j s) d -> (b i j) (r s) d", r=side[0], s=side[1])
+
+
+def unfold_windows(tokens: Tensor, size: tuple[int, int], side: tuple[int, int]) -> Tensor:
+    """Undo `fold_windows` for maps of `size` (h, w)."""
+    return rearrange(tokens, "(b i j) (r s) d -> b (i r) (j s) d", i=size[0] // side[0], j=size[1] // side[1], r=side[0])
+
+
+def pad_to_windows(pixels: Tensor, side: tuple[int, int]) -> Tensor:
+    """Return maps [b, h, w, d] with zeros at the end of both axes, so that (r, s) divides them."""
+    missing = (-pixels.shape[1] % side[0], -pixels.shape[2] % side[1])
+    return F.pad(pixels, (0, 0, 0, missing[1], 0, missing[0])) if any(missing) else pixels
+
+
 @register("window")
 @dataclass(frozen=True)
 class WindowConfig(MixerConfig):
@@ -112,13 +128,12 @@ class WindowAttention(TokenMixer):
         zeros = self.config.pad == "zero"
         side = (self.config.size,) * 2 if zeros else (min(self.config.size, h), min(self.config.size, w))
         shift = tuple(self.config.shift if r < length else 0 for r, length in zip(side, (h, w), strict=True))
-        missing = (-h % side[0], -w % side[1])
-        pixels = x[:, first:].reshape(sizes["b"] * f, h, w, sizes["d"])
-        pixels = F.pad(pixels, (0, 0, 0, missing[1], 0, missing[0])) if any(missing) else pixels
+        pixels = pad_to_windows(x[:, first:].reshape(sizes["b"] * f, h, w, sizes["d"]), side)
+        padded = (pixels.shape[1], pixels.shape[2])
         pixels = pixels.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else pixels
-        folded = rearrange(pixels, "b (i r) (j s) d -> (b i j) (r s) d", r=side[0], s=side[1])
+        folded = fold_windows(pixels, side)
         allowed = None
-        if any(shift) or (any(missing) and not zeros):
+        if any(shift) or (padded != (h, w) and not zeros):
             assert layout is not None
             key = ("window", side, shift, zeros, x.device)
             allowed = layout.memo(key, lambda: self._allowed((h, w), side, shift, x.device))
@@ -127,8 +142,7 @@ class WindowAttention(TokenMixer):
             folded = torch.cat([x[:, :first].repeat_interleave(len(folded) // sizes["b"], dim=0), folded], dim=1)
         out = self.attention(self.norm(folded), layout=Layout(grid=side, prefix=first), mask=allowed)
         front, out = out[:, :first], out[:, first:]
-        rows, columns = (h + missing[0]) // side[0], (w + missing[1]) // side[1]
-        out = rearrange(out, "(b i j) (r s) d -> b (i r) (j s) d", i=rows, j=columns, r=side[0])
+        out = unfold_windows(out, padded, side)
         out = out.roll(shift, (1, 2)) if any(shift) else out
         out = out[:, :h, :w].reshape(sizes["b"], -1, sizes["d"])
         return torch.cat([front.unflatten(0, (sizes["b"], -1)).mean(1), out], dim=1) if first else out

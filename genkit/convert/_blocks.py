@@ -74,6 +74,13 @@ def _split_heads(heads: int, key_dim: int) -> tuple[Any, Any]:
     return load, save
 
 
+def _bias_row(official: str, ours: str, sides: tuple[int, int]) -> Row:
+    """A table of biases, which is flat in official files."""
+    return Row(
+        f"{official}.attention_biases", f"{ours}.bias_table.table", lambda flat: flat.unflatten(1, sides), lambda table: table.flatten(1)
+    )
+
+
 def table_attention_rows(official: str, ours: str, *, heads: int, key_dim: int, sides: tuple[int, int]) -> list[Row]:
     """Return the rows of attention with a table of biases by distance, whose q, k and v lie head by head.
 
@@ -86,12 +93,7 @@ def table_attention_rows(official: str, ours: str, *, heads: int, key_dim: int, 
     return [
         Row((f"{official}.qkv.{{p}}",), (f"{ours}.q.{{p}}", f"{ours}.kv.{{p}}"), load, save),
         Row(f"{official}.proj.{{p}}", f"{ours}.proj.{{p}}"),
-        Row(
-            f"{official}.attention_biases",
-            f"{ours}.bias_table.table",
-            lambda flat: flat.unflatten(1, sides),
-            lambda table: table.flatten(1),
-        ),
+        _bias_row(official, ours, sides),
     ]
 
 
@@ -191,6 +193,37 @@ def shvit_block(state: Mapping[str, Tensor], *, qk_dim: int = 16) -> tuple[Block
     attention = [] if norm is None else [f"shsa(p={len(norm)}, qk_dim={qk_dim}, norm='gn1', bn=True)"]
     text = " + ".join(["conv(norm='bn', bias=False)", *attention, f"bn_mlp(ratio={hidden / dim})"])
     return _fill(_one(text, dim, norm="none"), SHVIT if attention else SHVIT_EARLY, state)
+
+
+def efficient_vit_block(state: Mapping[str, Tensor], *, key_dim: int, window: int) -> tuple[Block, KeyTable, ConversionReport]:
+    """Return EfficientViT's block: convolution, MLP, cascaded group attention, convolution, MLP, all with batch norms.
+
+    Args:
+        state: official tensors by key.
+        key_dim: width of queries and keys of a head.
+        window: side of a window.
+
+    Returns:
+        The block, the names of its weights, and the report.
+    """
+    filters = [value for key, value in state.items() if ".dws." in key and key.endswith("c.weight")]
+    names = [f"mixer.m.attn.dws.{i}.c.weight" for i in range(len(filters))]
+    kernels = tuple(state[name].shape[-1] for name in names)
+    hidden, dim = state["ffn0.m.pw1.c.weight"].shape[:2]
+    local = f"conv(norm='bn', bias=False) + bn_mlp(ratio={hidden / dim})"
+    mixer = f"cga(window={window}, heads={len(kernels)}, key_dim={key_dim}, kernels={kernels}, norm='bn')"
+    ours = "branches.2.f"
+    rows = [*_conv_norm("mixer.m.attn.proj.1", f"{ours}.proj", f"{ours}.proj_norm")]
+    for i, (conv, mlp) in enumerate(((0, 1), (3, 4))):
+        rows += _conv_norm(f"dw{i}.m", f"branches.{conv}.f.filters", f"branches.{conv}.f.norm", is_linear=False)
+        for j in (1, 2):
+            rows += _conv_norm(f"ffn{i}.m.pw{j}", f"branches.{mlp}.f.fc{j}", f"branches.{mlp}.f.norm{j}")
+    rows += _conv_norm("mixer.m.attn.qkvs.{i}", f"{ours}.heads.{{i}}.qkv", f"{ours}.heads.{{i}}.qkv_norm")
+    rows += _conv_norm("mixer.m.attn.dws.{i}", f"{ours}.heads.{{i}}.filters", f"{ours}.heads.{{i}}.norm", is_linear=False)
+    rows.append(_bias_row("mixer.m.attn", ours, (window, window)))
+    table = KeyTable("efficient_vit", [*rows, Drop("mixer.m.attn.attention_bias_idxs", "follows from the window")])
+    block, report = _fill(_one(f"{local} + {mixer} + {local}", dim, norm="none"), table, state)
+    return block, table, report
 
 
 def efficientformer_map_block(state: Mapping[str, Tensor], *, pool_size: int = 3) -> tuple[Block, ConversionReport]:

@@ -80,6 +80,26 @@ def _stored(case: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in results.items() if not case.output_names or name in case.output_names}
 
 
+def cga_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/cga_block: EfficientViT."""
+    config, x = case.config, case.inputs["x"]
+    window = min(config["window_resolution"], config["resolution"])
+    block, table, _ = _blocks.efficient_vit_block(case.weights(), key_dim=config["kd"], window=window)
+    branches = cast(Sequence[Any], block.branches)
+    mixer = branches[2].f
+    inner: dict[str, Tensor] = {}
+    watched = {"": mixer.proj_norm}
+    for i, head in enumerate(mixer.heads):
+        watched |= {f"qkvs.{i}": head.qkv_norm, f"dws.{i}": head.norm}
+    hooks = [module.register_forward_hook(keep(inner, f"mid.mixer.m.attn.{name}".rstrip("."))) for name, module in watched.items()]
+    block(_tokens(x), layout=Layout(grid=(x.shape[2], x.shape[3])))
+    for hook in hooks:
+        hook.remove()
+    folded = {name: value.transpose(1, 2).unflatten(2, (window, window)) for name, value in inner.items()}
+    outer = dict(zip(("dw0", "ffn0", "mixer", "dw1", "ffn1"), branches, strict=True))
+    return _on_maps(case, block, table, outer) | _stored(case, folded)
+
+
 def shsa_block(case: Case) -> dict[str, Tensor]:
     """Kind efficient_blocks/shsa_block: SHViT."""
     block, _ = _blocks.shvit_block(case.weights(), qk_dim=case.config["qk_dim"])

@@ -30,6 +30,8 @@ MIXER_TEXTS = [
     "axial",
     "axial(axes='h', out_layers=2)",
     "bn_mlp",
+    "cga(window=2, key_dim=3, kernels=3)",
+    "cga(window=3, key_dim=2, kernels=(3, 1, 1, 3), norm='bn')",
     "conv",
     "conv(kind='mhca', norm='bn')",
     "conv(kind='pool', norm='ln')",

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from genkit.blocks import stack
 from genkit.blocks.attention import AttentionConfig
+from genkit.blocks.cga import CGAConfig
 from genkit.blocks.conv import ConvConfig, to_map, to_tokens
 from genkit.blocks.folding import fold_batch_norms
 from genkit.blocks.graph import relative
@@ -265,6 +266,21 @@ def test_latents_take_shares_that_sum_to_one_and_pools_start_at_means() -> None:
     assert mixer._start(tokens(32), Layout(grid=(2, 4, 4))).shape == (3, 8, D)
 
 
+def test_heads_of_a_cascade_hand_their_results_on() -> None:
+    mixer, x = built(CGAConfig(window=4, key_dim=3, kernels=3)), tokens(16)
+    first, second = x.chunk(2, dim=-1)
+    bias = mixer.bias_table((4, 4))
+    one = mixer.heads[0](first, (4, 4), bias[:, :1])
+    two = mixer.heads[1](second + one, (4, 4), bias[:, 1:])
+    wanted = mixer.proj(F.relu(torch.cat([one, two], dim=-1)))
+    assert_close(mixer(x, layout=Layout(grid=(4, 4))), wanted, rtol=1e-5, atol=1e-6)
+    windows = built(CGAConfig(window=2, key_dim=3, kernels=3))
+    corner = torch.tensor([0, 1, 4, 5])
+    assert_close(windows(x, layout=Layout(grid=(4, 4)))[:, corner], windows.attended(x[:, corner], (2, 2)), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="takes no prefix"):
+        mixer(tokens(17), layout=Layout(grid=(4, 4), prefix=1))
+
+
 def test_channels_that_do_not_attend_pass() -> None:
     mixer, x = built(SHSAConfig(p=3, qk_dim=4)), tokens(5)
     changed = x.clone()
@@ -318,6 +334,8 @@ def test_mixers_of_grids_name_what_they_need(text: str) -> None:
         ("graph(K=0)", "K must be positive"),
         ("modulation(k=4)", "k odd"),
         ("modulation(k=())", "k odd"),
+        ("cga(kernels=4)", "kernels odd"),
+        ("cga(kernels=(3, 3, 3))", "one for each of 2"),
         ("conv(k=4)", "k must be odd"),
         ("reduced(r=0)", "r must be positive"),
         ("retention(chunk=0)", "chunk must be positive"),
