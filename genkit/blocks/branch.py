@@ -65,6 +65,8 @@ class Branch(nn.Module):
         if modulate_context and not (modulated and self.takes_context):
             raise ValueError(f"Branch: modulate_context=True needs modulated=True and a mixer that takes context, got {f.config}.")
         self.f = f
+        self.dim = dim
+        self.adapter: nn.Module | None = None  # see genkit.blocks.adapter
         self.residual, self.dropout = residual, dropout
         self.num_vectors = (5 if modulate_context else 3) if modulated else 0
         self.norm = build_norm(norm, dim, eps)
@@ -109,11 +111,14 @@ class Branch(nn.Module):
             if isinstance(context, Tensor):
                 context = self._normed_context(context, vectors)
             out = self.f(normed, layout=layout, context=context, mask=mask, cache=cache)
+        out = out if self.adapter is None or self.adapter.mode == "parallel" else out + self.adapter(out)
         out = self.norm_out(out)
         if self.dropout:
             out = F.dropout(out, self.dropout, self.training)
         out = out if self.layer_scale is None else out * self.layer_scale
         out = out if not vectors else out * vectors[-1].unsqueeze(1)
+        if self.adapter is not None and self.adapter.mode == "parallel":
+            out = out + self.adapter(x)
         if self.residual == "none":
             return out
         return self.norm(x + out) if self.residual == "post" else x + out

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genkit.blocks import stack
+from genkit.blocks.adapter import add_adapters
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.conv import ConvConfig
 from genkit.blocks.mlp import MLP, MLPConfig
@@ -37,6 +38,10 @@ def _split(tensors: list[Tensor]) -> list[Tensor]:
 
 def _join(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.cat(tensors)]
+
+
+def _halves(tensors: list[Tensor]) -> list[Tensor]:
+    return [part.clone() for part in tensors[0].chunk(2)]
 
 
 def _as_linear(official: str, ours: str) -> Row:
@@ -161,6 +166,16 @@ EFFICIENT_MOD_ATTENTION = KeyTable("efficient_mod", [
     *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
     *(Row(f"ls{i}.gamma", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
     Row("mlp.{rest}", "branches.1.f.{rest}"),
+])  # fmt: skip
+ADAPTFORMER = KeyTable("adaptformer", [
+    Row("attn.q_proj.{p}", "branches.0.f.q.{p}"),
+    Row(("attn.k_proj.{p}", "attn.v_proj.{p}"), ("branches.0.f.kv.{p}",), _join, _halves),
+    Row("attn.proj.{p}", "branches.0.f.proj.{p}"),
+    *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
+    *(Row(f"fc{i}.{{p}}", f"branches.1.f.fc{i}.{{p}}") for i in (1, 2)),
+    Row("adaptmlp.adapter_layer_norm_before.{p}", "branches.1.adapter.norm.{p}"),
+    *(Row(f"adaptmlp.{name}_proj.{{p}}", f"branches.1.adapter.{name}.{{p}}") for name in ("down", "up")),
+    Row("adaptmlp.scale", "branches.1.adapter.scale"),
 ])  # fmt: skip
 MATFORMER = KeyTable("matformer", [
     Row("gate_proj.weight", "gate.weight"), Row("up_proj.weight", "fc1.weight"), Row("down_proj.weight", "fc2.weight"),
@@ -382,6 +397,22 @@ def efficient_mod_attention(state: Mapping[str, Tensor], *, heads: int) -> tuple
     bias = "attn.qkv.bias" in state
     text = f"attention(heads={heads}, key_dim={width}, qkv_bias={bias}, qk_norm={norm!r}) + mlp(hidden={hidden})"
     return _fill(_one(text, dim, layer_scale=1.0 if "ls1.gamma" in state else None), EFFICIENT_MOD_ATTENTION, state)
+
+
+def adaptformer_block(
+    state: Mapping[str, Tensor], *, heads: int, mode: str = "parallel", scale: float | None = 0.1, norm: str = "none"
+) -> tuple[Block, ConversionReport]:
+    """Return AdaptFormer's block: attention and an MLP with an adapter.
+
+    Args:
+        state: official tensors by key.
+        heads: of the attention.
+        mode, scale, norm: of the adapter.
+    """
+    hidden, dim = state["fc1.weight"].shape
+    block = _one(f"attention(heads={heads}) + mlp(hidden={hidden})", dim, eps=1e-6)
+    add_adapters(block, len(state["adaptmlp.down_proj.weight"]), scale=scale, norm=norm, mode=mode)
+    return _fill(block, ADAPTFORMER, state)
 
 
 def matformer_mlp(

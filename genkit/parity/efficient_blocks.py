@@ -201,6 +201,21 @@ def _channels_last(case: Case, block: Any, table: KeyTable, watched: Mapping[str
     return _stored(case, {name: value.unflatten(1, grid) if name in maps and value.ndim == 3 else value for name, value in results.items()})
 
 
+def adaptformer(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/adaptformer: AdaptFormer."""
+    config = case.config
+    text = config["ffn_adapter_scalar"]
+    scale = None if text == "learnable_scalar" else float(text)
+    mode, norm = config["ffn_option"], config["ffn_adapter_layernorm_option"]
+    block, _ = _blocks.adaptformer_block(case.weights(), heads=config["num_heads"], mode=mode, scale=scale, norm=norm)
+    first, second = cast(Sequence[Any], block.branches)
+    watched = {"attn": first.f, "fc2": second.f, "adaptmlp": second.adapter}
+    results = _run(case, block, _blocks.ADAPTFORMER, case.inputs["x"], None, watched, grad=case.inputs["grad_out"])
+    if mode == "sequential":  # there the official module adds its residual itself
+        results["mid.adaptmlp"] = results["mid.adaptmlp"] + results["mid.fc2"]
+    return _stored(case, results)
+
+
 def cvt_block(case: Case) -> dict[str, Tensor]:
     """Kind efficient_blocks/cvt_block: CvT with convolutions or means in front of its projections."""
     config = case.config
