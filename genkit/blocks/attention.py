@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.blocks.attend import attend
@@ -42,6 +43,8 @@ class AttentionConfig(MixerConfig):
         rope: rotary position of queries and keys, by running index (1d) or grid coordinates (2d), or `layout.pos`.
         pos_bias: a learned number added to the logits by head and distance on the grid, without sign ("table_abs") or with ("table_rel").
         table: (rows, columns) of the largest grid of `pos_bias`.
+        local_v_conv: side of a depthwise filter on the values, the same for all heads, whose result is added to the heads' (0 = none); it
+            tells where a token lies on grids of any size.
         scale: logits times hd^-0.5 ("hd") or d^-0.5 ("dim").
         keys: the tokens themselves, the context, or both in one softmax (context first).
         context_kv: the context has its own key/value projection, or shares the tokens' one.
@@ -59,6 +62,7 @@ class AttentionConfig(MixerConfig):
     rope: str = option("none", *ROPE_AXES)
     pos_bias: str = option("none", "none", *KINDS)
     table: tuple[int, int] | None = option(None, tuple, None)
+    local_v_conv: int = option(0, int)
     scale: str = option("hd", "hd", "dim")
     keys: str = option("self", "self", "context", "both")
     context_kv: str = option("own", "own", "shared")
@@ -84,6 +88,10 @@ class AttentionConfig(MixerConfig):
             raise ValueError(f"attention: pos_bias and table=(rows, columns) go together, got {self.pos_bias!r} and {self.table}.")
         if self.pos_bias != "none" and (self.keys != "self" or self.causal):
             raise ValueError("attention: pos_bias needs keys='self' and causal=False, whose pairs all lie on the grid.")
+        if self.local_v_conv and (self.local_v_conv < 0 or self.local_v_conv % 2 == 0):
+            raise ValueError(f"attention: local_v_conv must be 0 or odd, got {self.local_v_conv}.")
+        if self.local_v_conv and (self.keys != "self" or self.causal or self.kv_heads is not None):
+            raise ValueError("attention: local_v_conv needs keys='self', causal=False and as many kv_heads as heads.")
         if self.rope != "none" and self.keys != "self":
             raise ValueError(f"attention: rope needs keys='self' (context tokens have no positions), got keys={self.keys!r}.")
 
@@ -92,7 +100,7 @@ class AttentionConfig(MixerConfig):
         """Cross-attention treats each token alone, so it is causal and needs no cache."""
         alone = self.keys == "context"
         ordered = self.causal or alone
-        placed = self.pos_bias != "none"
+        placed = self.pos_bias != "none" or self.local_v_conv > 0
         return Caps(
             set_op=not self.causal and not placed, causal=ordered, cache=ordered, grid=placed, context=self.keys != "self", mask=True
         )
@@ -133,6 +141,8 @@ class Attention(TokenMixer):
         self.q_norm = build_norm(config.qk_norm, self.key_dim, eps=1e-6)
         self.k_norm = build_norm(config.qk_norm, self.key_dim, eps=1e-6)
         self.bias_table = BiasTable(config.pos_bias, heads, config.table) if config.table is not None else None
+        k = config.local_v_conv
+        self.local_v = nn.Conv2d(self.value_dim, self.value_dim, k, padding=k // 2, groups=self.value_dim) if k else None
         self.proj = nn.Linear(heads * self.value_dim, dim, bias=config.out_bias) if config.out_proj else nn.Identity()
 
     def _check_sizes(self, dim: int, context_dim: int) -> None:
@@ -164,7 +174,7 @@ class Attention(TokenMixer):
 
         Args:
             x: [b, n, d].
-            layout: positions for `rope`; the grid (h, w) for `pos_bias`.
+            layout: positions for `rope`; the grid for `pos_bias` (h, w) and `local_v_conv`.
             context: [b, m, d_c], m may be 0, or (keys, values) from `project_context`. With keys="both" it may be left out.
             mask: bool, True = attend, [b, nk] or [b, heads|1, n, nk]; nk = context + cached + own tokens.
             cache: from `new_cache`; the tokens x follow those it holds.
@@ -189,7 +199,7 @@ class Attention(TokenMixer):
         k, v = self._keys(x, start=start, layout=layout, context=context, cache=cache)
         bias = self._bias(layout, x.shape[1])
         out = attend(q, k, v, bias=bias, mask=mask, causal=self.config.causal, scale=self.scale)
-        return self.proj(join_heads(out))
+        return self.proj(join_heads(out if self.local_v is None else out + self._local(v, layout)))
 
     def _keys(
         self, x: Tensor, *, start: int, layout: Layout | None, context: Context | None, cache: KVCache | None
@@ -217,6 +227,15 @@ class Attention(TokenMixer):
         if frames > 1:
             raise ValueError(f"{self.config}: pos_bias knows rows and columns, got a grid of {frames} frames.")
         return self.bias_table((h, w), 0 if layout is None else layout.prefix)
+
+    def _local(self, v: Tensor, layout: Layout | None) -> Tensor:
+        """Return the filtered values [b, heads, n, vd], 0 for the tokens of a prefix."""
+        assert self.local_v is not None
+        f, h, w = grid_of(self.config, layout, v.shape[2])
+        first = v.shape[2] - f * h * w
+        pixels = v[:, :, first:].reshape(-1, h, w, v.shape[3]).permute(0, 3, 1, 2)
+        filtered = self.local_v(pixels).permute(0, 2, 3, 1).reshape(*v.shape[:2], -1, v.shape[3])
+        return F.pad(filtered, (0, 0, first, 0))
 
     def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys [b, kv_heads, m, hd] and values [b, kv_heads, m, vd] of context tokens [b, m, d_c]."""

@@ -5,6 +5,8 @@ Letters: b batch, n tokens, d width, h w rows and columns, hd head width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,3 +109,50 @@ class TimestepMLP(nn.Module):
         """Return [b, d] of timesteps [b]."""
         embedded = timestep_embedding(timestep.float() * self.multiplier, 256, self.max_period)
         return self.fc2(F.silu(self.fc1(embedded.to(self.fc1.weight.dtype))))
+
+
+def interleaved_sincos_2d(height: int, width: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the fixed table [h*w, d] of coordinates that run to 2 pi on any grid: rows, then columns, sine and cosine in turn.
+
+    The coordinate of row r is 2 pi (r + 1) / h; frequency i of q = d / 4 is 10000^(-i / q). Computed in float64.
+
+    Args:
+        height: rows.
+        width: columns.
+        dim: d, a multiple of 4.
+        dtype: of the result.
+
+    Raises:
+        ValueError: if dim is not a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"interleaved_sincos_2d: dim must be a multiple of 4 (sine and cosine of two axes), got {dim}.")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    tables = []
+    for length in (height, width):
+        place = torch.arange(1, length + 1, dtype=torch.float64, device="cpu") * (2 * math.pi / (length + 1e-6))
+        angles = place[:, None] * omega
+        tables.append(torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1))
+    rows, columns = tables[0][:, None].expand(-1, width, -1), tables[1][None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1).to(dtype)
+
+
+class ConvPositions(nn.Module):
+    """Positions for grids of any size: the table of `interleaved_sincos_2d` behind a depthwise 3 x 3 convolution.
+
+    Source: Tian et al., ResFormer: Scaling ViTs with Multi-Resolution Training, CVPR 2023, arXiv 2212.00776.
+
+    Args:
+        dim: d, a multiple of 4.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.filters = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """Return what is added to the tokens [1, h*w, d] of a grid (h, w)."""
+        weight = self.filters.weight
+        table = interleaved_sincos_2d(*grid, len(weight)).to(weight)
+        pixels = self.filters(table.T.unflatten(1, grid)[None])
+        return pixels.flatten(2).transpose(1, 2)

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genkit.blocks import stack
 from genkit.blocks.adapter import add_adapters
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.conv import ConvConfig
+from genkit.blocks.embeddings import ConvPositions
 from genkit.blocks.mlp import MLP, MLPConfig
 from genkit.blocks.window import WindowConfig
 from genkit.convert.base import ConversionReport, Drop, KeyTable, Row
@@ -166,6 +167,14 @@ EFFICIENT_MOD_ATTENTION = KeyTable("efficient_mod", [
     *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
     *(Row(f"ls{i}.gamma", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
     Row("mlp.{rest}", "branches.1.f.{rest}"),
+])  # fmt: skip
+RESFORMER = KeyTable("resformer", [
+    Row("pos_embed.embed_layer.{p}", "positions.filters.{p}"),
+    Row(("block.attn.qkv.{p}",), ("block.branches.0.f.q.{p}", "block.branches.0.f.kv.{p}"), _split, _join),
+    Row("block.attn.proj.{p}", "block.branches.0.f.proj.{p}"),
+    Row("block.attn.get_v.{p}", "block.branches.0.f.local_v.{p}"),
+    *(Row(f"block.norm{i}.{{p}}", f"block.branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
+    Row("block.mlp.{rest}", "block.branches.1.f.{rest}"),
 ])  # fmt: skip
 ADAPTFORMER = KeyTable("adaptformer", [
     Row("attn.q_proj.{p}", "branches.0.f.q.{p}"),
@@ -413,6 +422,22 @@ def adaptformer_block(
     block = _one(f"attention(heads={heads}) + mlp(hidden={hidden})", dim, eps=1e-6)
     add_adapters(block, len(state["adaptmlp.down_proj.weight"]), scale=scale, norm=norm, mode=mode)
     return _fill(block, ADAPTFORMER, state)
+
+
+def resformer_block(state: Mapping[str, Tensor], *, heads: int) -> tuple[nn.ModuleDict, ConversionReport]:
+    """Return ResFormer's `positions` and a `block` of attention with filtered values and an MLP.
+
+    Args:
+        state: official tensors by key.
+        heads: of the attention.
+    """
+    hidden, dim = state["block.mlp.fc1.weight"].shape
+    k = state["block.attn.get_v.weight"].shape[-1]
+    block = _one(f"attention(heads={heads}, local_v_conv={k}) + mlp(hidden={hidden})", dim, eps=1e-6)
+    parts = nn.ModuleDict({"positions": ConvPositions(dim), "block": block})
+    ours, report = RESFORMER.to_ours(state, parts.state_dict())
+    parts.load_state_dict(ours)
+    return parts.eval(), report
 
 
 def matformer_mlp(

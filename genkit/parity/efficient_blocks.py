@@ -216,6 +216,21 @@ def adaptformer(case: Case) -> dict[str, Tensor]:
     return _stored(case, results)
 
 
+def resformer_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/resformer_block: ResFormer's positions and block."""
+    side, grad = case.config["grid"], case.inputs["grad_out"]
+    parts, _ = _blocks.resformer_block(case.weights(), heads=case.config["num_heads"])
+    parts = parts.to(case.device).requires_grad_(True)
+    x = case.inputs["x"].detach().requires_grad_(True)
+    placed = x + F.pad(parts["positions"]((side, side)), (0, 0, 1, 0))
+    results: dict[str, Tensor] = {"after_pos_embed": placed}
+    hook = cast(Any, parts["block"]).branches[0].f.register_forward_hook(keep(results, "mid.block.attn"))
+    results["out"] = parts["block"](placed, layout=Layout(grid=(side, side), prefix=1))
+    hook.remove()
+    (results["out"] * grad).sum().backward()
+    return _stored(case, results | _gradients(parts, _blocks.RESFORMER) | {"grad_in.x": cast(Tensor, x.grad)})
+
+
 def cvt_block(case: Case) -> dict[str, Tensor]:
     """Kind efficient_blocks/cvt_block: CvT with convolutions or means in front of its projections."""
     config = case.config

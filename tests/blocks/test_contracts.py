@@ -22,6 +22,7 @@ MIXER_TEXTS = [
     "attention(rope='1d', value_ratio=2)",
     "attention(rope='2d', qk_norm='rms')",
     "attention(pos_bias='table_abs', table=(3, 3))",
+    "attention(local_v_conv=3)",
     "attention(causal=True)",
     "attention(causal=True, rope='1d', kv_heads=1)",
     "attention(keys='context', key_dim=6)",

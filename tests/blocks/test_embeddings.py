@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from genkit.blocks.embeddings import rotary, rotate, sincos_2d
+from genkit.blocks.embeddings import ConvPositions, interleaved_sincos_2d, rotary, rotate, sincos_2d
 
 
 def test_sincos_table_is_the_closed_form_with_the_column_first() -> None:
@@ -19,6 +19,17 @@ def test_sincos_table_is_the_closed_form_with_the_column_first() -> None:
     torch.testing.assert_close(table[r * 5 + c], torch.tensor(expected), rtol=0, atol=1e-7)
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos_2d(2, 2, 6)
+
+
+def test_coordinates_run_to_two_pi_on_any_grid() -> None:
+    table = interleaved_sincos_2d(3, 5, 8)
+    r, c, omega = 2, 3, [1.0, 10000.0**-0.5]
+    expected = [f(2 * math.pi * p * o) for p in ((r + 1) / 3, (c + 1) / 5) for o in omega for f in (math.sin, math.cos)]
+    torch.testing.assert_close(table[r * 5 + c], torch.tensor(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(interleaved_sincos_2d(6, 10, 8)[(2 * r + 1) * 10 + 2 * c + 1], table[r * 5 + c], rtol=0, atol=1e-5)
+    assert ConvPositions(8)((4, 7)).shape == (1, 28, 8)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        interleaved_sincos_2d(2, 2, 6)
 
 
 @pytest.mark.parametrize("axes", [1, 2])

@@ -130,6 +130,15 @@ def test_tables_add_a_number_per_distance_and_follow_their_weights(kind: str) ->
         mixer(tokens(8), layout=Layout(grid=(2, 2, 2)))
 
 
+def test_filtered_values_are_added_to_the_heads() -> None:
+    mixer, plain, x = built(AttentionConfig(local_v_conv=3)), built(AttentionConfig()), tokens(14)
+    plain.load_state_dict({key: value for key, value in mixer.state_dict().items() if "local_v" not in key})
+    v = plain.kv(x)[..., D:].unflatten(2, (HEADS, -1))[:, 2:].unflatten(1, (3, 4))
+    filtered = torch.stack([mixer.local_v(v[..., head, :].permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for head in range(HEADS)], dim=3)
+    added = F.linear(F.pad(filtered.flatten(1, 2).flatten(2), (0, 0, 2, 0)), plain.proj.weight)
+    assert_close(mixer(x, layout=Layout(grid=(3, 4), prefix=2)), plain(x) + added, rtol=1e-5, atol=1e-6)
+
+
 def test_reduced_by_one_is_attention_and_pools_take_means() -> None:
     x, layout = tokens(15), Layout(grid=(3, 5))
     mixer, plain = built(ReducedConfig(r=1)), built(AttentionConfig())
@@ -330,6 +339,8 @@ def test_mixers_of_grids_name_what_they_need(text: str) -> None:
     [
         ("attention(pos_bias='table_abs')", "go together"),
         ("attention(pos_bias='table_abs', table=(2, 2), causal=True)", "needs keys='self'"),
+        ("attention(local_v_conv=2)", "must be 0 or odd"),
+        ("attention(local_v_conv=3, kv_heads=1)", "as many kv_heads"),
         ("window(size=4, shift=4)", "shift lie in 0 .. size - 1"),
         ("graph(K=0)", "K must be positive"),
         ("modulation(k=4)", "k odd"),
