@@ -29,7 +29,7 @@ from genkit.training.task import Phase, StepContext
 
 @dataclass
 class ModelConfig:
-    """Sizes of the generator; see `NATTransformer2DModel`. Grid, codes, classes and text widths follow from the data and its networks."""
+    """Sizes and blocks of the generator; see `NATTransformer2DModel`. The rest follows from the data and the other networks."""
 
     hidden_size: int = 512
     num_heads: int = 8
@@ -37,6 +37,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     skip: bool = True
     dropout: float = 0.1
+    stack: str | None = None
 
 
 @dataclass
