@@ -14,7 +14,7 @@ Legend: b batch, n tokens of the grid, m condition tokens, d width, K codes, k m
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from genkit.blocks.caps import Caps
 from genkit.blocks.fast_linear import with_fast_linear
 from genkit.blocks.layout import Layout
+from genkit.blocks.nested import Width, check_width, copy_cut, cut_stack, nested_widths
 from genkit.blocks.norms import build_norm
+from genkit.blocks.stack import Stack, parse
 from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape, choose
 from genkit.generators.enat_index import take
@@ -132,8 +134,7 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         else:
             self.text_proj = nn.Linear(text_dim, hidden_size)
             self.pooled_proj = nn.Linear(pooled_dim, hidden_size)
-        text = f"(attention(qkv_bias={qkv_bias}) + mlp(ratio={mlp_ratio})) * {depth + 1}" if stack is None else stack
-        self.blocks = build_stack(text, hidden_size, heads=num_heads, norm="ln", needs=Caps(mask=text_dim is not None))
+        self.blocks = build_stack(self._stack, hidden_size, heads=num_heads, norm="ln", needs=Caps(mask=text_dim is not None))
         if len(self.blocks) != depth + 1:
             raise ValueError(f"NATTransformer2DModel: depth={depth} means {depth + 1} blocks, got {len(self.blocks)} in {stack!r}.")
         self.skips = nn.ModuleList(nn.Linear(2 * hidden_size, hidden_size) for _ in range(depth // 2 if skip else 0))
@@ -141,6 +142,13 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         self.head = CodeHead(hidden_size, codebook_size + 1)
         self.gradient_checkpointing = False
         self.init_weights()
+
+    @property
+    def _stack(self) -> Stack:
+        """The blocks, as published unless the config names others."""
+        config = self.config
+        published = f"(attention(qkv_bias={config['qkv_bias']}) + mlp(ratio={config['mlp_ratio']})) * {config['depth'] + 1}"
+        return parse(published if config["stack"] is None else config["stack"])
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -201,6 +209,27 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
                 mask = torch.cat([text_mask.new_ones(sizes["b"], 1), text_mask], dim=1)
         return ENATCondition(tokens[:, 0], tokens[:, :0], tokens, mask)
 
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Nested widths that all blocks have."""
+        return nested_widths(cast(Sequence[nn.Module], self.blocks))
+
+    def cut(self, width: float | Sequence[float]) -> NATTransformer2DModel:
+        """Return a smaller network that computes what this one does at a nested width, and has no others.
+
+        Args:
+            width: as in `forward`.
+
+        Raises:
+            ValueError: for a width that the blocks do not have.
+        """
+        blocks = cast(Sequence[nn.Module], self.blocks)
+        widths = check_width(width, blocks, "NATTransformer2DModel")
+        config = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        small = NATTransformer2DModel(**{**config, "stack": str(cut_stack(self._stack, blocks, widths))})
+        copy_cut(self, small)
+        return small.to(self.device, self.dtype).train(self.training)
+
     @with_fast_linear
     def forward(
         self,
@@ -212,6 +241,7 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         new_index: Tensor | None = None,
         logits_at: str = "all",
         embedding_keep: Tensor | None = None,
+        width: Width = None,
     ) -> ENATOutput:
         """Evaluate the network on a partly masked grid.
 
@@ -222,6 +252,7 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
             masked_index: [b, k] int64, the masked positions; needed for logits_at='masked'.
             logits_at: 'all' tokens, the 'masked' ones, or 'none'.
             embedding_keep: [b, n, d] bool, the values that the embedding dropout keeps (training).
+            width: nested width of the MLPs, one for all blocks or one for each; the full one if None.
 
         Returns:
             Logits, and a state without features.
@@ -243,15 +274,16 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         mask, real = None, condition.token_mask
         if real is not None:
             mask = torch.cat([real, real.new_ones(len(real), self.num_tokens)], dim=1)
+        widths = check_width(width, cast(Sequence[nn.Module], self.blocks), "NATTransformer2DModel")
         layout = Layout(grid=self.grid, prefix=condition.tokens.shape[1])
         half, kept = len(self.blocks) // 2, list[Tensor]()
         for i, block in enumerate(self.blocks):
             if i > half and self.skips:
                 x = self.skips[i - half - 1](torch.cat([x, kept.pop()], dim=-1))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, None, layout, None, mask)
+                x = self._gradient_checkpointing_func(block, x, None, layout, None, mask, None, widths[i])
             else:
-                x = block(x, layout=layout, mask=mask)
+                x = block(x, layout=layout, mask=mask, width=widths[i])
             if i < half:
                 kept.append(x)
         x = self.norm(x)[:, condition.tokens.shape[1] :]

@@ -16,12 +16,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Generator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from genkit.blocks.nested import Width, check_width
 from genkit.checks import choose
 from genkit.conditioners.text import EncodedText, encode_text
 from genkit.generators.enat import ENATCondition, ENATTransformer2DModel
@@ -142,6 +143,7 @@ class ENATPipeline(GenPipeline):
         image: Picture | None = None,
         mask_image: Picture | None = None,
         init_tokens: Tensor | None = None,
+        width: Width | Sequence[Width] = None,
         samples_at_once: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -161,6 +163,8 @@ class ENATPipeline(GenPipeline):
             image: picture to repaint, one for all or [b, 3, h, w].
             mask_image: white = repaint; needs `image`. Every picture must have equally many tokens to repaint.
             init_tokens: [n], [h, w], [b, n] or [b, h, w] tokens to start from, the mask id where they are to be predicted.
+            width: nested width of a generator that has some (NAT with a stack of `mlp(nested=...)`): one for all steps, or a list with one
+                for each step, itself a number or one for each block.
             samples_at_once: samples that the networks evaluate together. None: one on a CPU, where a sample's bits then do not depend on
                 its batch; all elsewhere. 1 makes that so on any device, and takes the least memory.
             output_type: 'pil', 'np' ([b, h, w, 3] in [0, 1]) or 'pt' ([b, 3, h, w] in [-1, 1]).
@@ -187,6 +191,7 @@ class ENATPipeline(GenPipeline):
             image=image,
             mask_image=mask_image,
             init_tokens=init_tokens,
+            width=width,
             samples_at_once=samples_at_once,
         )
         steps = self._num_steps(num_inference_steps)
@@ -211,6 +216,7 @@ class ENATPipeline(GenPipeline):
         image: Picture | None = None,
         mask_image: Picture | None = None,
         init_tokens: Tensor | None = None,
+        width: Width | Sequence[Width] = None,
         samples_at_once: int | None = None,
     ) -> Generator[ENATStepState, None, None]:
         """Run the loop step by step, without gradients.
@@ -238,6 +244,7 @@ class ENATPipeline(GenPipeline):
                 image,
                 mask_image,
                 init_tokens,
+                width,
             )
             if any(item is not None for item in given):
                 raise ValueError("iterate(state=...) goes on with the settings of the saved loop; leave prompt and other arguments out.")
@@ -261,9 +268,9 @@ class ENATPipeline(GenPipeline):
         prompt_of = [distinct.index(key) for key in repeated]
         pictures = {row: index for index, row in enumerate(dict.fromkeys(map(tuple, start.tolist())))}
         picture_of = [pictures[tuple(row)] for row in start.tolist()]
-        run = ENATRun(
-            self.transformer, scheduler, factors, cond, null, prompt_of, start.to(self._execution_device), picture_of, at_once, []
-        )
+        widths = self._widths(width, len(factors))
+        init = start.to(self._execution_device)
+        run = ENATRun(self.transformer, scheduler, factors, cond, null, prompt_of, init, picture_of, at_once, widths, [])
         run.pairs.extend(pair(run, rows) for rows in run.groups())
         return loop(run, seeds, None)
 
@@ -343,6 +350,19 @@ class ENATPipeline(GenPipeline):
         if num_inference_steps is not None:
             return num_inference_steps
         return int(self.scheduler.listed_steps or self.config["num_inference_steps"])
+
+    def _widths(self, width: Width | Sequence[Width], steps: int) -> list[Width]:
+        """Return the width of each step, checked."""
+        if width is None:
+            return [None] * steps
+        if not isinstance(self.transformer, NATTransformer2DModel):
+            raise ValueError(f"width needs a generator with nested widths (NATTransformer2DModel), got {type(self.transformer).__name__}.")
+        widths: list[Width] = [width] * steps if isinstance(width, (int, float)) else list(width)
+        if len(widths) != steps:
+            raise ValueError(f"width must be one number, or one for each of {steps} steps, got {len(widths)}.")
+        for value in widths:
+            check_width(value, cast(Sequence[Any], self.transformer.blocks), type(self.transformer).__name__)
+        return widths
 
     def _schedule(
         self, num_inference_steps: int | None, guidance_scale: float | None, token_temperature: float | None, mask_temperature: float | None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genkit.blocks.nested import Width
 from genkit.generators.enat import ENATCondition, ENATState, ENATTransformer2DModel
 from genkit.generators.enat_index import positions_where
 from genkit.generators.nat import NATTransformer2DModel
@@ -34,6 +35,7 @@ class ENATRun:
         init: [b, n] grid before step 0.
         picture_of: which distinct start grid each sample has.
         at_once: samples that are evaluated together.
+        widths: nested width of the generator at each step, None for the full one.
         pairs: per group of samples, their conditions, followed by as many null ones where guidance is used.
     """
 
@@ -46,6 +48,7 @@ class ENATRun:
     init: Tensor
     picture_of: list[int]
     at_once: int
+    widths: list[Width]
     pairs: list[ENATCondition] = field(repr=False)
 
     @property
@@ -57,6 +60,10 @@ class ENATRun:
     def is_text_model(self) -> bool:
         """Whether the condition has text tokens."""
         return self.cond.tokens is not None
+
+    def width_at(self, step: int) -> dict[str, Any]:
+        """Return the arguments of the generator that say its width at a step."""
+        return {} if self.widths[step] is None else {"width": self.widths[step]}
 
     def groups(self) -> list[list[int]]:
         """Return the samples that are evaluated together."""
@@ -221,6 +228,7 @@ def _logits(state: ENATStepState) -> tuple[Tensor, list[ENATState | None]]:
             masked_index=state.masked_index[rows].repeat(branches, 1),
             new_index=new,
             logits_at="masked",
+            **run.width_at(state.index + 1),
         )
         both = output.logits.chunk(branches)
         parts.append(guide(both[0], both[-1], factor))
@@ -266,6 +274,7 @@ def _distinct(
             conditions.rows(torch.tensor([condition_of[i] for i in rows], device=state.sample.device)),
             masked_index=state.masked_index[rows],
             logits_at=logits_at,
+            **state.run.width_at(0),
         )
         for rows in (chosen[start : start + state.run.at_once] for start in range(0, len(chosen), state.run.at_once))
     ]

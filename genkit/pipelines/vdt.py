@@ -371,8 +371,10 @@ class VDTPipeline(GenPipeline):
             output = output if learned else output[:, :, : sample.shape[2]]
             # channels in front of frames, where schedulers look for variances
             step = scheduler.step(output.transpose(1, 2), timestep, sample.transpose(1, 2), **draws).prev_sample.transpose(1, 2)
-            saved = {"scheduler": copy.deepcopy(scheduler), "draws": [stream.get_state() for stream in streams.generators]}
-            state = VDTStepState(index, len(scheduler.timesteps), float(timestep), step.to(sample.dtype), seeds, run, **saved)
+            states = [stream.get_state() for stream in streams.generators]
+            state = VDTStepState(
+                index, len(scheduler.timesteps), float(timestep), step.to(sample.dtype), seeds, run, copy.deepcopy(scheduler), states
+            )
             yield state
             sample = state.sample
 

@@ -221,8 +221,11 @@ class VIMPipeline(GenPipeline):
                 raise ValueError(f"iterate(state=...): the state is after the last of {state.num_steps} steps; nothing is left to do.")
             return self._loop(state.run, state.seeds, state)
         own = self.config
-        rule = DrawRule(*(own[name] if given is None else given for name, given in
-                          (("temperature", temperature), ("top_k", top_k), ("top_p", top_p))))  # fmt: skip
+        rule = DrawRule(
+            own["temperature"] if temperature is None else temperature,
+            own["top_k"] if top_k is None else top_k,
+            own["top_p"] if top_p is None else top_p,
+        )
         scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
         if not math.isfinite(scale) or num_images_per_prompt < 1:
             raise ValueError(f"guidance_scale must be finite and num_images_per_prompt at least 1, got {scale}, {num_images_per_prompt}.")

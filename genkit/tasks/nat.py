@@ -49,15 +49,20 @@ class Config(CodeConfig):
         sampling: of the sample grids and the exported pipeline.
         mask_beta: parameters of the Beta distribution of the masked share.
         label_smoothing: in [0, 1).
+        widths: nested widths that training draws from, one a step, all equally often; the model's stack names them too, as in
+            "(attention + mlp(nested=(0.25, 0.5, 1))) * 13". None: the full width.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: enat.SamplingConfig = field(default_factory=enat.SamplingConfig)
     mask_beta: tuple[float, float] = (12.0, 3.0)
     label_smoothing: float = 0.1
+    widths: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.widths is not None and not self.widths:
+            raise ValueError("widths must name at least one width, or be left out.")
         enat.check_masking(self.mask_beta, self.label_smoothing)
 
 
@@ -68,7 +73,11 @@ class NATTask(CodeTask):
 
     def network(self, sizes: dict[str, Any]) -> nn.Module:
         """Build the generator."""
-        return NATTransformer2DModel(**sizes, **asdict(self.config.model))
+        net = NATTransformer2DModel(**sizes, **asdict(self.config.model))
+        missing = set(self.config.widths or ()) - set(net.widths)
+        if missing:
+            raise ValueError(f"widths: the generator has {net.widths}, got {self.config.widths}; name them in model.stack, nested=(...).")
+        return net
 
     def step(self, batch: dict[str, Tensor], ctx: StepContext) -> Iterator[Phase]:
         """Compute the loss on codes [b, n]."""
@@ -78,7 +87,9 @@ class NATTask(CodeTask):
         is_masked = random_mask(ctx.rand("mask", b, n), mask_counts(ratios, n).to(codes.device))
         ids = codes.masked_fill(is_masked, net.mask_token_id)
         keep = ctx.rand("dropout", b, n, config.model.hidden_size) >= dropout if dropout else None
-        out = self.modules["transformer"](ids, self.condition(batch["index"], ctx), embedding_keep=keep)
+        widths = config.widths or (None,)
+        width = widths[int(ctx.rand("width", 1) * len(widths))]
+        out = self.modules["transformer"](ids, self.condition(batch["index"], ctx), embedding_keep=keep, width=width)
         logits, targets = out.logits[is_masked], codes[is_masked]
         loss = masked_cross_entropy(logits[None], targets[None], config.label_smoothing)
         accuracy = (logits.detach().argmax(-1) == targets).float().mean()

@@ -252,5 +252,3 @@ def logit_laplace(mean: Tensor, pixels: Tensor, log_scale: Tensor | float = 0.0,
     y = (1 - 2 * margin) * pixels.float() + margin
     scale = torch.as_tensor(log_scale, dtype=torch.float32, device=mean.device)
     return ((torch.logit(y) - mean.float()).abs() / scale.exp() + math.log(2) + scale + (y * (1 - y)).log()).mean()
-
-

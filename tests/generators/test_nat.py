@@ -161,3 +161,48 @@ def test_blocks_that_a_model_cannot_use_are_refused() -> None:
         build(stack="(attention + mlp) * 2")
     with pytest.raises(ValueError, match="lacks mask, which this model needs"):
         build(stack="(window + mlp) * 3", num_classes=None, text_dim=5, pooled_dim=7)
+
+
+NESTED = "(attention + mlp(ratio=2, nested=(0.25, 0.5, 1))) * 2, attention + mlp(nested=(0.5, 1))"
+
+
+def test_a_width_is_a_smaller_network() -> None:
+    model, ids, condition = build(stack=NESTED), grid(), {"class_labels": torch.tensor([0, 2, 4])}
+    assert model.widths == (0.5, 1)
+    full, half = model(ids, condition).logits, model(ids, condition, width=0.5).logits
+    assert full is not None and half is not None
+    assert_close(model(ids, condition, width=1).logits, full)
+    assert not torch.allclose(half, full)
+    mixed = [0.25, 1, 0.5]
+    for width in (0.5, mixed):
+        small = model.cut(width)
+        assert small.widths == (1,) and "nested" not in small.config["stack"]
+        assert_close(small(ids, condition).logits, model(ids, condition, width=width).logits, rtol=1e-5, atol=1e-5)
+    assert sum(p.numel() for p in model.cut(mixed).parameters()) < sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="block 3 has the widths 0.5, 1, got 0.25"):
+        model(ids, condition, width=0.25)
+    with pytest.raises(ValueError, match="one for each of 3 blocks, got 2"):
+        model.cut([1, 1])
+
+
+def test_pipelines_take_a_width_for_all_steps_or_each(tmp_path: Path) -> None:
+    codes = toy_tokenizer()
+    side = codes.grid_for(8, 8)
+    sizes = {"sample_size": list(side), "codebook_size": codes.quantizer.codebook_size, "stack": NESTED}
+    pipe = ENATPipeline(build(**sizes), codes, MaskedTokenScheduler(mask_token_id=32))
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": 3, "generator": [5], "guidance_scale": 2.0, "output_type": "pt"}
+    full, half = (pipe(1, width=width, **options).tokens for width in (None, 0.5))
+    assert not torch.equal(full, half)
+    assert torch.equal(pipe(1, width=[1, 1.0, [1, 1, 1]], **options).tokens, full)
+    dense = ENATPipeline(pipe.transformer.cut(0.5), codes, MaskedTokenScheduler(mask_token_id=32))
+    dense.set_progress_bar_config(disable=True)
+    assert torch.equal(dense(1, **options).tokens, half)
+    dense.save_pretrained(tmp_path)
+    again: Any = GenPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(1, **options).tokens, half)
+    with pytest.raises(ValueError, match="one for each of 3 steps, got 2"):
+        pipe(1, width=[1, 1], **options)
+    with pytest.raises(ValueError, match="has the widths"):
+        pipe(1, width=0.3, **options)

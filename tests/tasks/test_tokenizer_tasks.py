@@ -135,6 +135,13 @@ def test_settings_that_cannot_be_are_refused() -> None:
 CODE_TASKS: dict[str, Any] = {
     "nat": (nat, {"model": nat.ModelConfig(hidden_size=16, num_heads=2, depth=2)}),
     "nat-stack": (nat, {"model": nat.ModelConfig(hidden_size=16, num_heads=2, depth=2, stack="(shsa + conv + mlp) * 3")}),
+    "nat-nested": (
+        nat,
+        {
+            "model": nat.ModelConfig(hidden_size=16, num_heads=2, depth=2, stack="(attention + mlp(nested=(0.5, 1))) * 3"),
+            "widths": (0.5, 1.0),
+        },
+    ),
     "nat-text": (nat, {"model": nat.ModelConfig(hidden_size=16, num_heads=2, depth=2, dropout=0.0)}),
     "vim": (vim, {"model": vim.ModelConfig(hidden_size=16, num_heads=2, depth=1)}),
     "vim-plain": (vim, {"model": vim.ModelConfig(hidden_size=16, num_heads=2, depth=1, dropout=0.0), "is_conditional": False}),
