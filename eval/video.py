@@ -1,8 +1,8 @@
 """Video models side by side: prediction of what follows, and the tasks of turntables.
 
     python eval/video.py predict --sprites digits.npy --num-frames 10 --models runs/predformer/export runs/mimo_vp/export runs/vdt/export
-    python eval/video.py turntables --data data/lowpoly/test.parquet --model runs/vdt-lowpoly/export --predictor runs/predformer/export
-    python eval/video.py samplers --data data/lowpoly/train.parquet --model runs/vdt-lowpoly/export --samplers dpm-solver++:20 ddpm:250
+    python eval/video.py turntables --data data/lowpoly/test.parquet --model genkit/vdt-lowpoly --predictor runs/predformer/export
+    python eval/video.py samplers --data data/lowpoly/train.parquet --model genkit/vdt-lowpoly --samplers dpm-solver++:20 ddpm:250
 
 `predict`: given frames to as many future ones, every model and a copy of the last frame; means per frame as the papers take them (MSE and
 MAE sum over pixels; SSIM with range 1, and with range 2 as OpenSTL prints it). `turntables`: animate, predict, interpolate, complete, and

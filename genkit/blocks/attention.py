@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from genkit.blocks.attend import attend
 from genkit.blocks.bias_table import KINDS, BiasTable
 from genkit.blocks.caches import KVCache
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, register
+from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, register
 from genkit.blocks.embeddings import rotary, rotate
+from genkit.blocks.grid_mixer import grid_of
 from genkit.blocks.heads import join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.blocks.attend import attend
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.heads import head_count
 from genkit.blocks.layout import Layout
-from genkit.checks import check_shape
 
 AXES = "fhw"
 
@@ -60,7 +60,7 @@ class AxialConfig(MixerConfig):
         return AxialAttention(dim, self, head_count("axial", self.heads, heads, dim))
 
 
-class AxialAttention(TokenMixer):
+class AxialAttention(GridMixer):
     """softmax(q k^T hd^-0.5) v along axes, with projections `q`, `kv` (rows k then v, heads contiguous), `proj` and maybe `proj2`.
 
     Args:
@@ -69,8 +69,10 @@ class AxialAttention(TokenMixer):
         heads: number of heads.
     """
 
+    takes_prefix = False
+
     def __init__(self, dim: int, config: AxialConfig, heads: int) -> None:
-        super().__init__()
+        super().__init__(dim, config)
         self.config: AxialConfig = config
         self.heads = heads
         self.q = nn.Linear(dim, dim, bias=config.qkv_bias)
@@ -78,43 +80,19 @@ class AxialAttention(TokenMixer):
         self.proj = nn.Linear(dim, dim, bias=config.out_bias)
         self.proj2: nn.Module = nn.Linear(dim, dim) if config.out_layers == 2 else nn.Identity()
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Attend along the axes of `layout.grid`.
-
-        Args:
-            x: [b, n, d], n the tokens of the grid in raster order.
-            layout: with a grid (f, h, w) or (h, w) and no prefix.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid that has the axes, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "AxialAttention: x", "b n d", d=self.q.in_features)
-        grid = self._grid(layout, sizes["n"])
-        d = sizes["d"]
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Attend along the axes; all three of a grid of frames, two of one without."""
+        axes = self._axes(layout)
         bias = self.kv.bias
-        k = F.linear(x, self.kv.weight[:d], None if bias is None else bias[:d])  # two products: then each folds without a copy
-        v = F.linear(x, self.kv.weight[d:], None if bias is None else bias[d:])
-        out = attend(self._fold(self.q(x), grid), self._fold(k, grid), self._fold(v, grid))
-        return self.proj2(self.proj(self._unfold(out, grid, sizes["b"])))
+        # two products: then each folds without a copy
+        k = F.linear(x, self.kv.weight[: self.dim], None if bias is None else bias[: self.dim])
+        v = F.linear(x, self.kv.weight[self.dim :], None if bias is None else bias[self.dim :])
+        out = attend(self._fold(self.q(x), axes), self._fold(k, axes), self._fold(v, axes))
+        return self.proj2(self.proj(self._unfold(out, axes, len(x))))
 
-    def _grid(self, layout: Layout | None, tokens: int) -> tuple[int, ...]:
-        """Return the grid, checked."""
-        grid = None if layout is None else layout.grid
-        if grid is None or layout is None or layout.prefix or len(grid) > 3 or math.prod(grid) != tokens:
-            raise ValueError(f"{self.config}: needs layout.grid (f, h, w) or (h, w) of all {tokens} tokens without prefix, got {grid}.")
+    def _axes(self, layout: Layout) -> tuple[int, ...]:
+        """Return the sides of the grid as they were given, which tell whether there is an axis of frames."""
+        grid = layout.grid or ()
         missing = [letter for letter in self.config.axes if letter not in AXES[-len(grid) :]]
         if missing:
             raise ValueError(f"{self.config}: grid {grid} has no axis {', '.join(missing)}.")
@@ -165,7 +143,3 @@ class AxialAttention(TokenMixer):
         merged.bias.copy_(offset)
         merged.requires_grad_(first.weight.requires_grad)
         self.proj, self.proj2 = merged, nn.Identity()
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

@@ -7,7 +7,6 @@ and import its file in `genkit/blocks/stack.py`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -151,23 +150,6 @@ def refuse_arguments(config: MixerConfig, **arguments: object) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise refusal(config, name)
-
-
-def grid_of(config: MixerConfig, layout: Layout | None, tokens: int) -> tuple[int, int, int]:
-    """Return the sides (f, h, w) of a grid of all tokens behind the prefix, f = 1 for a grid of two sides.
-
-    Args:
-        config: of the mixer, for errors.
-        layout: as handed to it.
-        tokens: n, with the prefix.
-
-    Raises:
-        ValueError: without a grid of that many tokens.
-    """
-    grid, front = (None, 0) if layout is None else (layout.grid, layout.prefix)
-    if grid is None or len(grid) not in (2, 3) or math.prod(grid) + front != tokens:
-        raise ValueError(f"{config}: needs layout.grid (h, w) or (f, h, w) of all {tokens} tokens, got {grid} with a prefix of {front}.")
-    return (1, *grid) if len(grid) == 2 else grid  # type: ignore[return-value]
 
 
 def _check_option(name: str, value: object, accepts: tuple[type | str | None, ...]) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from genkit.blocks.attend import attend
 from genkit.blocks.bias_table import BiasTable
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
 from genkit.blocks.conv import to_map, to_tokens
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.heads import head_count
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
 from genkit.blocks.window import fold_windows, pad_to_windows, unfold_windows
-from genkit.checks import check_shape
 
 
 @register("cga")
@@ -86,7 +86,7 @@ class CGAHead(nn.Module):
         return attend(q[:, None], k[:, None], v[:, None], bias=bias)[:, 0]
 
 
-class CGA(TokenMixer):
+class CGA(GridMixer):
     """proj(ReLU([out_1 .. out_H])), out_i = head_i(x_i + out_{i-1}).
 
     Args:
@@ -95,8 +95,10 @@ class CGA(TokenMixer):
         heads: H.
     """
 
+    takes_prefix = False
+
     def __init__(self, dim: int, config: CGAConfig, heads: int) -> None:
-        super().__init__()
+        super().__init__(dim, config)
         self.config: CGAConfig = config
         kernels = config.kernels if isinstance(config.kernels, tuple) else (config.kernels,) * heads
         if len(kernels) != heads:
@@ -106,35 +108,11 @@ class CGA(TokenMixer):
         self.proj = nn.Linear(dim, dim, bias=config.norm == "none")
         self.proj_norm = build_norm(config.norm, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Attend in the windows of each frame.
-
-        Args:
-            x: [b, n, d], n the tokens of the grid in raster order.
-            layout: with a grid (h, w) or (f, h, w) and no prefix.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid of all tokens, with a prefix, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "CGA: x", "b n d", d=self.proj.in_features)
-        f, h, w = grid_of(self.config, layout, sizes["n"])
-        if layout is not None and layout.prefix:
-            raise ValueError(f"{self.config}: takes no prefix in front of the grid, got {layout.prefix} tokens.")
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Attend in the windows."""
+        f, h, w = grid
         side = (min(self.config.window, h), min(self.config.window, w))
-        pixels = pad_to_windows(x.reshape(sizes["b"] * f, h, w, sizes["d"]), side)
+        pixels = pad_to_windows(x.reshape(len(x) * f, h, w, self.dim), side)
         out = self.attended(fold_windows(pixels, side), side)
         return unfold_windows(out, (pixels.shape[1], pixels.shape[2]), side)[:, :h, :w].reshape(x.shape)
 
@@ -145,7 +123,3 @@ class CGA(TokenMixer):
         for head, part, bias in zip(self.heads, x.chunk(len(self.heads), dim=-1), biases, strict=True):
             found.append(head(part + found[-1] if found else part, side, bias))
         return self.proj_norm(self.proj(F.relu(torch.cat(found, dim=-1))))
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.heads import head_count
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
-from genkit.checks import check_shape
 
 
 def to_map(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -66,7 +65,7 @@ class ConvConfig(MixerConfig):
         return Conv(dim, self, head_count("conv", self.heads, heads, dim) if self.kind == "mhca" else 1)
 
 
-class Conv(TokenMixer):
+class Conv(GridMixer):
     """Filters `weight` [d, d / groups, k, k], a norm, and for "mhca" ReLU and `proj`.
 
     Args:
@@ -76,7 +75,7 @@ class Conv(TokenMixer):
     """
 
     def __init__(self, dim: int, config: ConvConfig, heads: int) -> None:
-        super().__init__()
+        super().__init__(dim, config)
         self.config: ConvConfig = config
         groups = {"dw": dim, "mhca": heads}.get(config.kind)
         bias = config.bias and config.kind == "dw"
@@ -84,42 +83,16 @@ class Conv(TokenMixer):
         self.norm = build_norm(config.norm, dim)
         self.proj = nn.Linear(dim, dim, bias=False) if config.kind == "mhca" else None
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Filter each frame.
-
-        Args:
-            x: [b, n, d], the tokens of the grid in raster order behind the prefix.
-            layout: with a grid (h, w) or (f, h, w). Tokens of its prefix have no neighbours and get 0.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid of all tokens, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "Conv: x", "b n d")
-        grid, k = grid_of(self.config, layout, sizes["n"]), self.config.k
-        first = 0 if layout is None else layout.prefix
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Filter the grid; tokens of the prefix have no neighbours and get 0."""
+        k = self.config.k
+        first = layout.prefix
         tokens = x[:, first:]
         pixels = to_map(tokens, grid)
         if self.filters is None:
             pooled = F.avg_pool2d(pixels, k, stride=1, padding=k // 2, count_include_pad=False)
-            out = self.norm(to_tokens(pooled, sizes["b"]) - tokens)
+            out = self.norm(to_tokens(pooled, len(x)) - tokens)
         else:
-            out = self.norm(to_tokens(self.filters(pixels), sizes["b"]))
+            out = self.norm(to_tokens(self.filters(pixels), len(x)))
             out = out if self.proj is None else self.proj(F.relu(out))
         return F.pad(out, (0, 0, first, 0)) if first else out
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

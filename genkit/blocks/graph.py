@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
 from genkit.blocks.conv import to_map, to_tokens
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
-from genkit.checks import check_shape
 
 
 def relative(x: Tensor, k: int, method: str = "auto") -> Tensor:
@@ -81,7 +81,7 @@ class GraphConfig(MixerConfig):
         return Graph(dim, self)
 
 
-class Graph(TokenMixer):
+class Graph(GridMixer):
     """fc2(GELU(edges([y, relative(y)]))), y = fc1(x), a norm behind each map.
 
     Args:
@@ -90,47 +90,20 @@ class Graph(TokenMixer):
     """
 
     def __init__(self, dim: int, config: GraphConfig) -> None:
-        super().__init__()
+        super().__init__(dim, config)
         self.config: GraphConfig = config
         self.fc1, self.norm1 = nn.Linear(dim, dim), build_norm(config.norm, dim)
         self.edges, self.edges_norm = nn.Linear(2 * dim, 2 * dim), build_norm(config.norm, 2 * dim)
         self.fc2, self.norm2 = nn.Linear(2 * dim, dim), build_norm(config.norm, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Mix the tokens of each frame.
-
-        Args:
-            x: [b, n, d], the tokens of the grid in raster order behind the prefix.
-            layout: with a grid (h, w) or (f, h, w). Tokens of its prefix have no neighbours.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid of all tokens, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "Graph: x", "b n d", d=self.fc1.in_features)
-        grid = grid_of(self.config, layout, sizes["n"])
-        first = 0 if layout is None else layout.prefix
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Relate the tokens of the grid; those of the prefix have no neighbours."""
+        first = layout.prefix
         y = self.norm1(self.fc1(x))
-        above = to_tokens(relative(to_map(y[:, first:], grid), self.config.K, self.config.method), sizes["b"])
+        above = to_tokens(relative(to_map(y[:, first:], grid), self.config.K, self.config.method), len(x))
         above = F.pad(above, (0, 0, first, 0)) if first else above
         return self.norm2(self.fc2(self.related(torch.cat([y, above], dim=-1))))
 
     def related(self, pairs: Tensor) -> Tensor:
         """Return [b, n, 2 d] of tokens beside what they stand above their neighbours [b, n, 2 d]."""
         return F.gelu(self.edges_norm(self.edges(pairs)))
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.branch import Branch
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, refuse_arguments, register
 from genkit.blocks.conv import to_map
+from genkit.blocks.grid_mixer import grid_of
 from genkit.blocks.heads import head_count, join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
 from genkit.blocks.conv import to_map, to_tokens
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.layout import Layout
-from genkit.checks import check_shape
 
 
 @register("modulation")
@@ -55,7 +54,7 @@ class ModulationConfig(MixerConfig):
         return EfficientModulation(dim, self)
 
 
-class EfficientModulation(TokenMixer):
+class EfficientModulation(GridMixer):
     """fc2(fc1(x) * c), c = g(sum of GELU(filters(f(x)))), repeated e times.
 
     Args:
@@ -63,8 +62,10 @@ class EfficientModulation(TokenMixer):
         config: the options.
     """
 
+    takes_prefix = False
+
     def __init__(self, dim: int, config: ModulationConfig) -> None:
-        super().__init__()
+        super().__init__(dim, config)
         self.config: ModulationConfig = config
         self.activates = config.e > 1 if config.act is None else config.act
         self.f, self.g = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -72,33 +73,8 @@ class EfficientModulation(TokenMixer):
         self.fc1 = nn.Linear(dim, config.e * dim, bias=config.bias)
         self.fc2 = nn.Linear(config.e * dim, dim, bias=config.bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Modulate the tokens of each frame.
-
-        Args:
-            x: [b, n, d], n the tokens of the grid in raster order; a prefix has no place to take its context from.
-            layout: with a grid (h, w) or (f, h, w) and no prefix.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid of all tokens, with a prefix, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "EfficientModulation: x", "b n d", d=self.f.in_features)
-        grid = grid_of(self.config, layout, sizes["n"])
-        if layout is not None and layout.prefix:
-            raise ValueError(f"{self.config}: takes no prefix in front of the grid, got {layout.prefix} tokens.")
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Modulate the tokens."""
         hidden = self.fc1(x)
         hidden = F.gelu(hidden) if self.activates else hidden
         context_tokens = self.context(x, grid)
@@ -111,7 +87,3 @@ class EfficientModulation(TokenMixer):
         for layer in self.filters[1:]:
             total = total + F.gelu(layer(pixels))
         return self.g(to_tokens(total, len(x)))
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.blocks.attend import attend
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
 from genkit.blocks.conv import to_map, to_tokens
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.heads import head_count, join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
-from genkit.checks import check_shape
 
 
 class Projector(nn.Module):
@@ -83,7 +83,7 @@ class ReducedConfig(MixerConfig):
         return ReducedAttention(dim, self, head_count("reduced", self.heads, heads, dim))
 
 
-class ReducedAttention(TokenMixer):
+class ReducedAttention(GridMixer):
     """softmax(q k^T scale) v, k and v of reduced tokens, with projections `q`, `k`, `v` and `proj`.
 
     Args:
@@ -93,7 +93,7 @@ class ReducedAttention(TokenMixer):
     """
 
     def __init__(self, dim: int, config: ReducedConfig, heads: int) -> None:
-        super().__init__()
+        super().__init__(dim, config)
         self.config: ReducedConfig = config
         self.heads = heads
         self.scale = (dim // heads if config.scale == "hd" else dim) ** -0.5
@@ -105,36 +105,12 @@ class ReducedAttention(TokenMixer):
         self.v_conv = Projector(dim, config.r, config.norm) if by_conv else None
         self.norm = build_norm("none" if by_conv else config.norm, dim)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Attend within each frame.
-
-        Args:
-            x: [b, n, d], the tokens of the grid in raster order behind the prefix.
-            layout: with a grid (h, w) or (f, h, w). Tokens of its prefix are queries and keys that no convolution or mean touches; only
-                grids of one frame may have some.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid of all tokens, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "ReducedAttention: x", "b n d", d=self.q.in_features)
-        grid = grid_of(self.config, layout, sizes["n"])
-        first = 0 if layout is None else layout.prefix
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Attend; tokens of the prefix are queries and keys that no convolution or mean touches, and need a grid of one frame."""
+        first = layout.prefix
         if first and grid[0] > 1:
             raise ValueError(f"{self.config}: a prefix of {first} tokens belongs to no frame of the grid {grid}.")
-        front, rest = x[:, :first], x[:, first:].reshape(sizes["b"] * grid[0], -1, sizes["d"])
+        front, rest = x[:, :first], x[:, first:].reshape(len(x) * grid[0], -1, self.dim)
         pixels = to_map(rest, (1, *grid[1:]))
         queries = rest if self.q_conv is None else self.q_conv(pixels)
         if self.k_conv is None or self.v_conv is None:
@@ -159,7 +135,3 @@ class ReducedAttention(TokenMixer):
                 raise ValueError(f"{self.config}: runs of {r * r} tokens need as many at least, got {tokens.shape[1]}.")
             return F.avg_pool1d(tokens.transpose(1, 2), r * r).transpose(1, 2)
         return to_tokens(F.avg_pool2d(pixels, r, ceil_mode=True, count_include_pad=False), len(pixels))
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

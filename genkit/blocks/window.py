@@ -16,10 +16,10 @@ from torch import Tensor
 
 from genkit.blocks.attention import Attention, AttentionConfig
 from genkit.blocks.bias_table import KINDS
-from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, grid_of, option, refusal, refuse_arguments, register
+from genkit.blocks.caps import Caps, MixerConfig, option, register
+from genkit.blocks.grid_mixer import Grid, GridMixer
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
-from genkit.checks import check_shape
 
 
 def fold_windows(pixels: Tensor, side: tuple[int, int]) -> Tensor:
@@ -85,7 +85,7 @@ class WindowConfig(MixerConfig):
         return WindowAttention(self, AttentionConfig(**shared, table=table).build(dim, heads=heads))
 
 
-class WindowAttention(TokenMixer):
+class WindowAttention(GridMixer):
     """`attention` of the tokens of each window.
 
     Args:
@@ -94,58 +94,35 @@ class WindowAttention(TokenMixer):
     """
 
     def __init__(self, config: WindowConfig, attention: Attention) -> None:
-        super().__init__()
+        super().__init__(attention.q.in_features, config)
         self.config: WindowConfig = config
         self.attention = attention
         self.norm = build_norm(config.norm, attention.q.in_features)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        layout: Layout | None = None,
-        context: Context | None = None,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """Attend in the windows of each frame.
-
-        Args:
-            x: [b, n, d], the tokens of the grid in raster order behind the prefix.
-            layout: with a grid (h, w) or (f, h, w). Tokens of its prefix enter every window; what they find there is averaged.
-            context, mask, cache: not taken.
-
-        Returns:
-            [b, n, d].
-
-        Raises:
-            ValueError: without a grid of all tokens, or for arguments that are not taken.
-        """
-        refuse_arguments(self.config, context=context, mask=mask, cache=cache)
-        sizes = check_shape(x, "WindowAttention: x", "b n d")
-        f, h, w = grid_of(self.config, layout, sizes["n"])
-        first = 0 if layout is None else layout.prefix
+    def mix(self, x: Tensor, grid: Grid, layout: Layout) -> Tensor:
+        """Attend in the windows; tokens of the prefix enter every window, and what they find there is averaged."""
+        f, h, w = grid
+        first = layout.prefix
         zeros = self.config.pad == "zero"
         side = (self.config.size,) * 2 if zeros else (min(self.config.size, h), min(self.config.size, w))
         shift = tuple(self.config.shift if r < length else 0 for r, length in zip(side, (h, w), strict=True))
-        pixels = pad_to_windows(x[:, first:].reshape(sizes["b"] * f, h, w, sizes["d"]), side)
+        pixels = pad_to_windows(x[:, first:].reshape(len(x) * f, h, w, self.dim), side)
         padded = (pixels.shape[1], pixels.shape[2])
         pixels = pixels.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else pixels
         folded = fold_windows(pixels, side)
         allowed = None
         if any(shift) or (padded != (h, w) and not zeros):
-            assert layout is not None
             key = ("window", side, shift, zeros, x.device)
             allowed = layout.memo(key, lambda: self._allowed((h, w), side, shift, x.device))
             allowed = F.pad(allowed.repeat(len(pixels), 1, 1)[:, None], (first, 0, first, 0), value=True)
         if first:
-            folded = torch.cat([x[:, :first].repeat_interleave(len(folded) // sizes["b"], dim=0), folded], dim=1)
+            folded = torch.cat([x[:, :first].repeat_interleave(len(folded) // len(x), dim=0), folded], dim=1)
         out = self.attention(self.norm(folded), layout=Layout(grid=side, prefix=first), mask=allowed)
         front, out = out[:, :first], out[:, first:]
         out = unfold_windows(out, padded, side)
         out = out.roll(shift, (1, 2)) if any(shift) else out
-        out = out[:, :h, :w].reshape(sizes["b"], -1, sizes["d"])
-        return torch.cat([front.unflatten(0, (sizes["b"], -1)).mean(1), out], dim=1) if first else out
+        out = out[:, :h, :w].reshape(len(x), -1, self.dim)
+        return torch.cat([front.unflatten(0, (len(x), -1)).mean(1), out], dim=1) if first else out
 
     def _allowed(self, grid: tuple[int, int], side: tuple[int, int], shift: tuple[int, ...], device: torch.device) -> Tensor:
         """Return which tokens of each window see each other, bool [windows, r * r, r * r]."""
@@ -161,7 +138,3 @@ class WindowAttention(TokenMixer):
         region, real = (rearrange(part, fold, r=side[0], s=side[1]) for part in (region, real))
         same = region[:, :, None] == region[:, None, :]
         return same if self.config.pad == "zero" else same & real[:, None, :]
-
-    def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Refuse: it needs the whole grid."""
-        raise refusal(self.config, "cache")

@@ -58,17 +58,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_component(value: Any) -> bool:
+    """Tell whether an entry of an index names a component, as [library, class]; other lists are settings."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
 def describe_pipeline(name: str, folder: Path) -> dict[str, Any]:
     """Describe a pipeline folder and each of its components."""
     index = read_json(folder / INDEX)
     shared = index.get("_shared", {})
     components = []
     for key, value in index.items():
-        if key.startswith("_") or not (isinstance(value, list) and value[0] is not None):
+        if key.startswith("_") or not _is_component(value):
             continue
         place = shared_folder(shared[key]) if key in shared else folder / key
         components.append(describe_component(key, place) | {"class": ".".join(value), "shared": shared.get(key)})
-    settings = {key: value for key, value in index.items() if not (key.startswith("_") or isinstance(value, list))}
+    settings = {key: value for key, value in index.items() if not (key.startswith("_") or _is_component(value) or value == [None, None])}
     about = read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {"memory_mb": estimate_memory(folder)}
     return {
         "name": name,

@@ -73,7 +73,7 @@ def test_video_stack_string() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     axial, x = mixer("hw"), tokens()
-    with pytest.raises(ValueError, match=r"needs layout.grid \(f, h, w\)"):
+    with pytest.raises(ValueError, match=r"needs layout.grid \(h, w\) or \(f, h, w\)"):
         axial(x)
     with pytest.raises(ValueError, match="does not take mask"):
         axial(x, layout=LAYOUT, mask=torch.ones(3, 24, dtype=torch.bool))

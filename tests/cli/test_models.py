@@ -167,6 +167,13 @@ def test_info_counts_what_the_files_hold(model: Path, capsys: pytest.CaptureFixt
     assert "ENATTransformer2DModel" in capsys.readouterr().out
 
 
+def test_info_tells_lists_of_numbers_from_components(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "genkit/vdt-lowpoly", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert len(about["settings"]["latents_mean"]) == 8
+    assert {part["component"] for part in about["components"]} == {"scheduler", "text_encoder", "tokenizer", "transformer", "vae"}
+
+
 def test_info_of_a_component_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(model / "vqvae"), "--json"]) == 0
     (part,) = json.loads(capsys.readouterr().out)["components"]
