@@ -25,7 +25,7 @@ from genkit.training.config import TrainConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 from tests.data.toy import write_views
-from tests.pipelines.toy import text_parts
+from tests.pipelines.toy import text_parts, toy_tokenizer
 from tests.tasks.toy_shapes import ENCODER, MODEL, shape_data
 
 
@@ -125,3 +125,15 @@ def test_bad_settings_are_named(data: dict[str, str], tmp_path: Path) -> None:
     others = write_views(tmp_path / "other.parquet", [np.zeros((32, 128, 3), np.uint8)], name=["something"])
     with pytest.raises(ValueError, match="is none of the 1 objects"):
         build(settings({**data, "data": str(others)}))
+
+
+def test_pictures_pass_through_a_tokenizer_of_generated_ones(
+    data: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy_tokenizer().save_pretrained(tmp_path / "vqvae")
+    task = build(settings(data, picture_tokenizer=str(tmp_path / "vqvae"), generated_probability=1.0))
+    with caplog.at_level(logging.WARNING):
+        item = task.dataset()[0]
+    assert "no object in what the tokenizer made" in caplog.text, "random weights make no objects, so the pictures stay"
+    assert torch.equal(item["generated"], item["image"])
+    Trainer(task, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=2)).run()
