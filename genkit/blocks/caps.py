@@ -1,7 +1,7 @@
 """What mixers promise, the base classes they share, and the table of their names.
 
 A mixer is a frozen config (options, capabilities, `build`) and a module. To add one: subclass `MixerConfig`, put `@register("name")` on it,
-and import its file in `genkit/blocks/stack.py`.
+and import its file in `genkit/blocks/stack.py`. Mixers of whole grids have a base of their own, `GridMixer`.
 """
 
 from __future__ import annotations

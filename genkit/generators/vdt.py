@@ -15,7 +15,7 @@ Legend: b clips, f frames, c channels, h w rows and columns, n tokens of a frame
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -33,6 +33,7 @@ from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.modulation import Modulation, modulate
 from genkit.blocks.norms import build_norm
+from genkit.blocks.stack import Stack, parse
 from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape
 
@@ -178,6 +179,12 @@ class VDTTransformer3DModel(ModelMixin, ConfigMixin):
             if isinstance(module, AxialAttention):
                 module.merge_out()
         self.register_to_config(merged=True)
+        if self.config["stack"] is not None:
+            merged = [
+                tuple(replace(mixer, out_layers=1) if isinstance(mixer, AxialConfig) else mixer for mixer in block)
+                for block in parse(self.config["stack"])
+            ]
+            self.register_to_config(stack=str(Stack(merged)))
 
     def condition(self, timestep: Tensor, class_labels: Tensor | None = None, pooled: Tensor | None = None) -> Tensor:
         """Return the condition [b, d] of timesteps [b], labels [b] (0 if None), and pooled text [b, text_dim] (zeros if None).

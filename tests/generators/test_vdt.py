@@ -194,5 +194,12 @@ def test_other_blocks_by_name() -> None:
         other = build(stack="axial('f') + window(2) + mlp, retention(scan='cross') + conv + mlp")
         assert_close(other(x[1:], t[1:]).sample, other(x, t).sample[1:], rtol=1e-5, atol=1e-5)
     assert float(VDTTransformer3DModel(**SMALL, stack="(attention + mlp) * 2")(x, t).sample.abs().max()) == 0
+    two = build(stack="(axial(axes='f', out_layers=2) + axial + mlp) * 2")
+    with torch.no_grad():
+        before = two(x, t).sample
+        two.merge_temporal()
+        again = VDTTransformer3DModel.from_config(two.config).eval()
+        again.load_state_dict(two.state_dict())
+        assert_close(again(x, t).sample, before, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="depth=2, got 3 blocks"):
         build(stack="(axial + mlp) * 3")
