@@ -154,7 +154,8 @@ class FrameFeatures(ClipFeatures):
 
     def source(self, frames: int) -> str:
         """Return network, size and length."""
-        return f"{self.network.name}, {self.network.size} px, mean and mean change, {frames} frames"
+        size = "frames as they are" if self.network.size is None else f"{self.network.size} px"
+        return f"{self.network.name}, {size}, mean and mean change, {frames} frames"
 
     @torch.inference_mode()
     def __call__(self, clips: Tensor) -> Tensor:
