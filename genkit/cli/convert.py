@@ -31,7 +31,8 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 def systems() -> list[str]:
     """Return the systems that have a converter, without importing one."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(PACKAGE / "convert")]) if module.name != "base")
+    names = [module.name for module in pkgutil.iter_modules([str(PACKAGE / "convert")])]
+    return sorted(name for name in names if name != "base" and not name.startswith("_"))
 
 
 def parse_option(text: str) -> tuple[str, Any]:

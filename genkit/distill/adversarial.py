@@ -58,13 +58,17 @@ def least_square_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) ->
 
 def non_saturating_generator_loss(fake_logits: Tensor) -> Tensor:
     """Return mean softplus(-m), m the mean logit of each picture."""
-    return generator_loss(fake_logits.float().flatten(1).mean(1))
+    return generator_loss(_by_picture(fake_logits))
 
 
 def non_saturating_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Return mean softplus(-m_real) + mean softplus(m_fake), m the mean logit of each picture."""
-    real, fake = (logits.float().flatten(1).mean(1) for logits in (real_logits, fake_logits))
-    return discriminator_loss(real, fake)
+    return discriminator_loss(_by_picture(real_logits), _by_picture(fake_logits))
+
+
+def _by_picture(logits: Tensor) -> Tensor:
+    """Return the mean logit [b] of logits [b, ...]."""
+    return logits.float().reshape(len(logits), -1).mean(1)
 
 
 GAN_FORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
