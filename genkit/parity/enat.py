@@ -159,8 +159,8 @@ def _sample_run(
         state = out.state
         cond, uncond = out.logits.chunk(2)
         guided = guide(take(cond, masked), take(uncond, masked), factor)
-        noise = {"token_gumbel": take(inputs["gumbel_token"][s], masked), "confidence_gumbel": inputs["gumbel_conf"][s].gather(1, masked)}
-        step = scheduler.step(guided, s, ids, masked, **noise)
+        token_noise, confidence_noise = take(inputs["gumbel_token"][s], masked), inputs["gumbel_conf"][s].gather(1, masked)
+        step = scheduler.step(guided, s, ids, masked, token_gumbel=token_noise, confidence_gumbel=confidence_noise)
         confidence = torch.full_like(inputs["gumbel_conf"][s], torch.inf).scatter(1, masked, step.confidence.to(cond.dtype))
         values = (ids, torch.full((b,), masked.shape[1]), cond, uncond, confidence)
         for record, value in zip(records.values(), values, strict=True):

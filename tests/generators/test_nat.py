@@ -103,7 +103,7 @@ def test_the_pipeline_takes_it_in_enats_place(is_text: bool, tmp_path: Path) -> 
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a table", "a golden chest"] if is_text else ["table", "chest"]
     both = pipe(prompts, num_inference_steps=3, generator=[1, 2], output_type="pt", samples_at_once=2)
-    alone = pipe(prompts[1], num_inference_steps=3, generator=[2], output_type="pt")
+    alone: Any = pipe(prompts[1], num_inference_steps=3, generator=[2], output_type="pt")
     assert torch.equal(both.tokens[1], alone.tokens[0]) and int(both.tokens.max()) < 32  # type: ignore[union-attr, index]
     states = list(pipe.iterate(prompts[0], num_inference_steps=3, generator=[1]))
     assert torch.equal(list(pipe.iterate(state=states[0]))[-1].sample, states[-1].sample)
@@ -189,13 +189,13 @@ def test_pipelines_take_a_width_for_all_steps_or_each(tmp_path: Path) -> None:
     codes = toy_tokenizer()
     side = codes.grid_for(8, 8)
     sizes = {"sample_size": list(side), "codebook_size": codes.quantizer.codebook_size, "stack": NESTED}
-    pipe = ENATPipeline(build(**sizes), codes, MaskedTokenScheduler(mask_token_id=32))
+    pipe: Any = ENATPipeline(build(**sizes), codes, MaskedTokenScheduler(mask_token_id=32))
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 3, "generator": [5], "guidance_scale": 2.0, "output_type": "pt"}
     full, half = (pipe(1, width=width, **options).tokens for width in (None, 0.5))
     assert not torch.equal(full, half)
     assert torch.equal(pipe(1, width=[1, 1.0, [1, 1, 1]], **options).tokens, full)
-    dense = ENATPipeline(pipe.transformer.cut(0.5), codes, MaskedTokenScheduler(mask_token_id=32))
+    dense: Any = ENATPipeline(pipe.transformer.cut(0.5), codes, MaskedTokenScheduler(mask_token_id=32))
     dense.set_progress_bar_config(disable=True)
     assert torch.equal(dense(1, **options).tokens, half)
     dense.save_pretrained(tmp_path)

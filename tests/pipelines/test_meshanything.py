@@ -87,7 +87,7 @@ def test_a_loop_goes_on_from_a_saved_state_and_from_a_changed_id(pipe: MeshAnyth
         next(pipe.iterate(state=illegal))
     for given in ({"shape": BOX}, {"max_faces": 3}, {"use_grammar": False}):
         with pytest.raises(ValueError, match="leave shape"):
-            pipe.iterate(state=illegal, **given)  # type: ignore[arg-type]
+            pipe.iterate(state=illegal, **given)
 
 
 def test_callbacks_see_and_change_the_ids(pipe: MeshAnythingPipeline) -> None:

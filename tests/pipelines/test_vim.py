@@ -30,7 +30,7 @@ def build(**options: Any) -> VIMTransformer2DModel:
     return model.eval().requires_grad_(False)
 
 
-def pipeline(**options: Any) -> VIMPipeline:
+def pipeline(**options: Any) -> Any:
     model = build(sample_size=4, class_dropout=0.1, **options)
     pipe = VIMPipeline(model, toy_tokenizer(), id2label={0: "chest", 1: "table", 2: "tree"})
     pipe.set_progress_bar_config(disable=True)
@@ -132,7 +132,7 @@ def test_a_loop_streams_goes_on_and_follows_changes() -> None:
 
 
 def test_unconditional_models_need_no_prompt(tmp_path: Path) -> None:
-    pipe = VIMPipeline(build(sample_size=4, num_classes=1), toy_tokenizer())
+    pipe: Any = VIMPipeline(build(sample_size=4, num_classes=1), toy_tokenizer())
     pipe.set_progress_bar_config(disable=True)
     made = pipe(generator=[4]).tokens
     pipe.save_pretrained(tmp_path)

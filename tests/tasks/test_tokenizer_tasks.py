@@ -173,7 +173,7 @@ def test_generators_on_codes_train_resume_and_export(name: str, folder: Path, tm
 
 
 def test_masks_of_nat_are_the_samples_own(folder: Path, tmp_path: Path) -> None:
-    paths = {"vqvae": str(folder / "vqvae"), "data": str(folder / "train.parquet"), "cache": str(tmp_path / "codes")}
+    paths: dict[str, Any] = {"vqvae": str(folder / "vqvae"), "data": str(folder / "train.parquet"), "cache": str(tmp_path / "codes")}
     task = nat.build(nat.Config(**paths, image_size=8, model=nat.ModelConfig(hidden_size=16, num_heads=2, depth=2), mask_beta=(1.0, 1.0)))
     seen: list[torch.Tensor] = []
     task.modules["transformer"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))

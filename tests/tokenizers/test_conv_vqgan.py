@@ -63,12 +63,12 @@ def test_gradient_reaches_every_trained_parameter_and_checkpointing_changes_none
 
 def test_the_released_shortcut_drops_the_input_where_the_width_changes() -> None:
     model = tiny("maskgit")
-    block: Any = model.encoder.levels[2].blocks[0]  # type: ignore[union-attr, index]
+    block: Any = model.encoder.levels[2].blocks[0]  # type: ignore[index]
     x = torch.randn(1, 32, 4, 4)
     for weight in (block.conv2.weight,):
         torch.nn.init.zeros_(weight)
     assert float(block(x).detach().abs().max()) == 0
-    plain: Any = tiny().encoder.levels[2].blocks[0]  # type: ignore[union-attr, index]
+    plain: Any = tiny().encoder.levels[2].blocks[0]  # type: ignore[index]
     torch.nn.init.zeros_(plain.conv2.weight)
     assert_close(plain(x), plain.shortcut(x))
 

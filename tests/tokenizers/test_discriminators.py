@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -46,13 +47,13 @@ def test_the_spread_is_that_of_a_group() -> None:
 
 def test_blurring_keeps_constants_inside() -> None:
     judge = StyleDiscriminator(8, width=8)
-    conv = judge.blocks[0].skip  # type: ignore[union-attr]
+    conv = cast(Any, judge.blocks[0]).skip
     out = conv(torch.ones(1, 8, 8, 8))
-    assert_close(out[0, :, 1, 1], (conv.weight * conv.scale).sum((1, 2, 3)))  # type: ignore[operator, union-attr]
+    assert_close(out[0, :, 1, 1], (conv.weight * conv.scale).sum((1, 2, 3)))
 
 
 def test_penalty_weight_and_likelihood_are_their_formulae() -> None:
-    linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 1, bias=False))
+    linear: Any = nn.Sequential(nn.Flatten(), nn.Linear(12, 1, bias=False))
     found = gradient_penalty(linear, torch.randn(5, 3, 2, 2))
     assert_close(found, linear[1].weight.square().sum())
     found.backward()
