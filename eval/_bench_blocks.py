@@ -1,9 +1,9 @@
 """Time and memory of token and channel mixers at several numbers of tokens, beside attention."""
 
-import resource
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from _timing import machine, timed
@@ -36,8 +36,8 @@ def blocks(
         threads: of PyTorch; its choice if None.
         device: cpu or cuda.
         dtype: of weights and tokens.
-        memory: also measure the peak memory that a mixer adds at the largest number of tokens, each in a process of its own (CPU), or as
-            CUDA counts it.
+        memory: also measure the peak memory that a mixer adds at the largest number of tokens, in a process of its own (CPU, on Linux), or
+            as CUDA counts it.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -105,10 +105,17 @@ def _memory(text: str, n: int, dim: int, heads: int, backward: bool, device: str
 
 
 def peak(text: str, n: int, dim: int, heads: int, backward: bool, dtype: str, threads: int) -> float:
-    """Return the MB by which this process's peak grows when a mixer runs, the kernels being loaded by a small run before."""
+    """Return the MB by which this process grows at most while a mixer runs, its kernels being loaded by a small run before (Linux)."""
     torch.set_num_threads(threads)
     _run(text, 64, dim, heads, backward, "cpu", dtype)()
     run = _run(text, n, dim, heads, backward, "cpu", dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from now on
+    before = _resident("VmRSS")
     run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> float:
+    """Return a line of the process's status in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1e3
