@@ -18,7 +18,7 @@ from genkit.blocks.bias_table import KINDS, BiasTable
 from genkit.blocks.caches import KVCache
 from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, register
 from genkit.blocks.embeddings import rotary, rotate
-from genkit.blocks.grid_mixer import grid_of
+from genkit.blocks.grid_mixer import grid_sides
 from genkit.blocks.heads import join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
@@ -224,7 +224,7 @@ class Attention(TokenMixer):
         """Return what is added to the logits [1, heads, n, n], None without `pos_bias`."""
         if self.bias_table is None:
             return None
-        frames, h, w = grid_of(self.config, layout, tokens)
+        frames, h, w = grid_sides(self.config, layout, tokens)
         if frames > 1:
             raise ValueError(f"{self.config}: pos_bias knows rows and columns, got a grid of {frames} frames.")
         return self.bias_table((h, w), 0 if layout is None else layout.prefix)
@@ -232,7 +232,7 @@ class Attention(TokenMixer):
     def _local(self, v: Tensor, layout: Layout | None) -> Tensor:
         """Return the filtered values [b, heads, n, vd], 0 for the tokens of a prefix."""
         assert self.local_v is not None
-        f, h, w = grid_of(self.config, layout, v.shape[2])
+        f, h, w = grid_sides(self.config, layout, v.shape[2])
         first = v.shape[2] - f * h * w
         pixels = v[:, :, first:].reshape(-1, h, w, v.shape[3]).permute(0, 3, 1, 2)
         filtered = self.local_v(pixels).permute(0, 2, 3, 1).reshape(*v.shape[:2], -1, v.shape[3])

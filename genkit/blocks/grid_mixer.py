@@ -19,7 +19,7 @@ Grid = tuple[int, int, int]
 """Sides (f, h, w), f = 1 for a grid of two sides."""
 
 
-def grid_of(config: MixerConfig, layout: Layout | None, tokens: int) -> Grid:
+def grid_sides(config: MixerConfig, layout: Layout | None, tokens: int) -> Grid:
     """Return the sides of the grid behind the prefix.
 
     Args:
@@ -78,8 +78,8 @@ class GridMixer(TokenMixer):
         """
         refuse_arguments(self.config, context=context, mask=mask, cache=cache)
         sizes = check_shape(x, f"{type(self).__name__}: x", "b n d", d=self.dim)
-        grid = grid_of(self.config, layout, sizes["n"])
-        assert layout is not None, "grid_of has checked it"
+        grid = grid_sides(self.config, layout, sizes["n"])
+        assert layout is not None, "grid_sides has checked it"
         if layout.prefix and not self.takes_prefix:
             raise ValueError(f"{self.config}: takes no prefix in front of the grid, got {layout.prefix} tokens.")
         return self.mix(x, grid, layout)

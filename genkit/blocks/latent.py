@@ -18,7 +18,7 @@ from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.branch import Branch
 from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refusal, refuse_arguments, register
 from genkit.blocks.conv import to_map
-from genkit.blocks.grid_mixer import grid_of
+from genkit.blocks.grid_mixer import grid_sides
 from genkit.blocks.heads import head_count, join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig
@@ -129,7 +129,7 @@ class LatentAttention(TokenMixer):
         """Return the latents [b, m, d] before they have seen anything."""
         if self.latents is not None:
             return self.latents.to(x.dtype).expand(len(x), -1, -1)
-        grid, side = grid_of(self.config, layout, x.shape[1]), round(self.config.m**0.5)
+        grid, side = grid_sides(self.config, layout, x.shape[1]), round(self.config.m**0.5)
         cells = F.adaptive_avg_pool2d(to_map(x[:, 0 if layout is None else layout.prefix :], grid), side)
         return cells.flatten(2).transpose(1, 2).reshape(len(x), -1, x.shape[-1])
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genkit.blocks.caches import StateCache
 from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refuse_arguments, register
-from genkit.blocks.grid_mixer import grid_of
+from genkit.blocks.grid_mixer import grid_sides
 from genkit.blocks.heads import head_count, join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.norms import build_norm
@@ -161,7 +161,7 @@ class Retention(TokenMixer):
 
     def _along_columns(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, layout: Layout | None) -> Tensor:
         """Scan both ways with the tokens of each frame in the order of its columns."""
-        f, h, w = grid_of(self.config, layout, q.shape[2])
+        f, h, w = grid_sides(self.config, layout, q.shape[2])
         places = torch.arange(q.shape[2], device=q.device)
         first = q.shape[2] - f * h * w
         order = torch.cat([places[:first], places[first:].view(f, h, w).transpose(1, 2).flatten()])

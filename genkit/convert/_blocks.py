@@ -18,7 +18,7 @@ from genkit.blocks.conv import ConvConfig
 from genkit.blocks.embeddings import ConvPositions
 from genkit.blocks.mlp import MLP, MLPConfig
 from genkit.blocks.window import WindowConfig
-from genkit.convert.base import ConversionReport, Drop, KeyTable, Row
+from genkit.convert.base import ConversionReport, Drop, KeyTable, Row, halves, joined, split_qkv
 
 
 def _to_linear(weight: Tensor) -> Tensor:
@@ -29,20 +29,6 @@ def _to_linear(weight: Tensor) -> Tensor:
 def _to_conv(weight: Tensor) -> Tensor:
     """[o, i] -> [o, i, 1, 1]."""
     return weight[:, :, None, None]
-
-
-def _split(tensors: list[Tensor]) -> list[Tensor]:
-    """[q; k; v] rows -> q and kv."""
-    third = len(tensors[0]) // 3
-    return [tensors[0][:third].clone(), tensors[0][third:].clone()]
-
-
-def _join(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors)]
-
-
-def _halves(tensors: list[Tensor]) -> list[Tensor]:
-    return [part.clone() for part in tensors[0].chunk(2)]
 
 
 def _as_linear(official: str, ours: str) -> Row:
@@ -142,7 +128,7 @@ CVT = KeyTable("cvt", [
     Row("mlp.{rest}", "branches.1.f.{rest}"),
 ])  # fmt: skip
 VIR = KeyTable("vir", [
-    Row(("retention.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), _split, _join),
+    Row(("retention.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), split_qkv, joined),
     Row("retention.out_proj.{p}", "branches.0.f.proj.{p}"),
     *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
     *(Row(f"ls{i}.gamma", f"branches.{i - 1}.layer_scale") for i in (1, 2)),
@@ -161,7 +147,7 @@ EFFICIENT_MOD = KeyTable("efficient_mod", [
     *(Row(f"mlp.fc{i}.{{p}}", f"branches.0.f.fc{i}.{{p}}") for i in (1, 2)),
 ])  # fmt: skip
 EFFICIENT_MOD_ATTENTION = KeyTable("efficient_mod", [
-    Row(("attn.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), _split, _join),
+    Row(("attn.qkv.{p}",), ("branches.0.f.q.{p}", "branches.0.f.kv.{p}"), split_qkv, joined),
     Row("attn.proj.{p}", "branches.0.f.proj.{p}"),
     *(Row(f"attn.{c}_norm.{{p}}", f"branches.0.f.{c}_norm.{{p}}") for c in "qk"),
     *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
@@ -170,7 +156,7 @@ EFFICIENT_MOD_ATTENTION = KeyTable("efficient_mod", [
 ])  # fmt: skip
 RESFORMER = KeyTable("resformer", [
     Row("pos_embed.embed_layer.{p}", "positions.filters.{p}"),
-    Row(("block.attn.qkv.{p}",), ("block.branches.0.f.q.{p}", "block.branches.0.f.kv.{p}"), _split, _join),
+    Row(("block.attn.qkv.{p}",), ("block.branches.0.f.q.{p}", "block.branches.0.f.kv.{p}"), split_qkv, joined),
     Row("block.attn.proj.{p}", "block.branches.0.f.proj.{p}"),
     Row("block.attn.get_v.{p}", "block.branches.0.f.local_v.{p}"),
     *(Row(f"block.norm{i}.{{p}}", f"block.branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
@@ -178,7 +164,7 @@ RESFORMER = KeyTable("resformer", [
 ])  # fmt: skip
 ADAPTFORMER = KeyTable("adaptformer", [
     Row("attn.q_proj.{p}", "branches.0.f.q.{p}"),
-    Row(("attn.k_proj.{p}", "attn.v_proj.{p}"), ("branches.0.f.kv.{p}",), _join, _halves),
+    Row(("attn.k_proj.{p}", "attn.v_proj.{p}"), ("branches.0.f.kv.{p}",), joined, halves),
     Row("attn.proj.{p}", "branches.0.f.proj.{p}"),
     *(Row(f"norm{i}.{{p}}", f"branches.{i - 1}.norm.{{p}}") for i in (1, 2)),
     *(Row(f"fc{i}.{{p}}", f"branches.1.f.fc{i}.{{p}}") for i in (1, 2)),

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill
+from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill, joined, split_qkv
 from genkit.convert.enat import HEAD_ROWS, square_grid
 from genkit.generators.nat import NATTransformer2DModel
 
@@ -26,17 +25,11 @@ OFFICIAL = (
 )  # fmt: skip
 
 
-def _split_qkv(tensors: list[Tensor]) -> list[Tensor]:
-    """Split [q; k; v] rows into q and kv."""
-    rows = len(tensors[0]) // 3
-    return [tensors[0][:rows].clone(), tensors[0][rows:].clone()]
-
-
 def _block_rows(official: str, ours: str) -> list[Row]:
     """Return the rows of a block."""
     found = [
-        Row((f"{official}.attn.qkv.{kind}",), (f"{ours}.0.f.q.{kind}", f"{ours}.0.f.kv.{kind}"), load=_split_qkv,
-            save=lambda tensors: [torch.cat(tensors)])
+        Row((f"{official}.attn.qkv.{kind}",), (f"{ours}.0.f.q.{kind}", f"{ours}.0.f.kv.{kind}"), load=split_qkv,
+            save=joined)
         for kind in ("weight", "bias")
     ]  # fmt: skip
     return [

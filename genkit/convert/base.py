@@ -117,6 +117,22 @@ class Drop:
     make: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
 
+def split_qkv(tensors: list[Tensor]) -> list[Tensor]:
+    """Return rows q and kv of one tensor with the rows [q; k; v]."""
+    third = len(tensors[0]) // 3
+    return [tensors[0][:third].clone(), tensors[0][third:].clone()]
+
+
+def halves(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the two halves of one tensor's rows."""
+    return [part.clone() for part in tensors[0].chunk(2)]
+
+
+def joined(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the rows of several tensors as one: the way back of `split_qkv` and `halves`."""
+    return [torch.cat(tensors)]
+
+
 class KeyTable:
     """Rows that map an official state dict to ours and back; the first row that fits a key applies.
 

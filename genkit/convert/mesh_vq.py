@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from genkit.convert.base import ConversionReport, KeyTable, Row, build_empty, fill
+from genkit.convert.base import ConversionReport, KeyTable, Row, build_empty, fill, joined, split_qkv
 from genkit.tokenizers.mesh_vae import COORDINATES, MeshVQModel
 
 COMPONENT, PIPELINE = "vq_model", None
@@ -17,15 +16,6 @@ FILES = ("MeshAnything_350m.pth",)
 OFFICIAL = ()
 HEADS, NUM_FACES = 12, 800
 CODEBOOK = "transformer.model.decoder.quantize_codebooks"
-
-
-def _thirds(tensors: list[Tensor]) -> list[Tensor]:
-    width = len(tensors[0]) // 3
-    return [tensors[0][:width].clone(), tensors[0][width:].clone()]
-
-
-def _joined(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors)]
 
 
 _LAYER, _ATTENTION, _MLP = "decoder.layer.{i}", "blocks.{i}.branches.0", "blocks.{i}.branches.1"
@@ -41,7 +31,7 @@ TABLE = KeyTable(
         Row("cond_head_proj.{p}", "cond_head_proj.{p}"),
         Row("project_down_codebook.{p}", "face_proj.{p}"),
         Row("to_coor_logits.0.{p}", "head.{p}"),
-        Row((f"{_LAYER}.in_proj_{{p}}",), (f"{_ATTENTION}.f.q.{{p}}", f"{_ATTENTION}.f.kv.{{p}}"), _thirds, _joined),
+        Row((f"{_LAYER}.in_proj_{{p}}",), (f"{_ATTENTION}.f.q.{{p}}", f"{_ATTENTION}.f.kv.{{p}}"), split_qkv, joined),
         Row(f"{_LAYER}.out_proj_{{p}}", f"{_ATTENTION}.f.proj.{{p}}"),
         Row(f"{_LAYER}.norm1_{{p}}", f"{_ATTENTION}.norm.{{p}}"),
         Row(f"{_LAYER}.linear1_{{p}}", f"{_MLP}.f.fc1.{{p}}"),

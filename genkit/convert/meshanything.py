@@ -15,7 +15,7 @@ from torch import Tensor
 
 from genkit import convert
 from genkit.convert import mesh_vq, michelangelo
-from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill
+from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill, halves, joined
 from genkit.generators.mesh_transformer import OFFSET, MeshTransformer
 from genkit.tokenizers.mesh_tokens import SPECIALS
 from genkit.weights import checkpoint_shapes
@@ -39,14 +39,6 @@ _DECODER, _TIED = "transformer.model.decoder", "transformer.model.decoder.embed_
 _LAYER, _ATTENTION, _MLP = f"{_DECODER}.layers.{{i}}", "blocks.{i}.branches.0", "blocks.{i}.branches.1"
 
 
-def _joined(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors)]
-
-
-def _halves(tensors: list[Tensor]) -> list[Tensor]:
-    return [part.clone() for part in tensors[0].chunk(2)]
-
-
 def _unused_table(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_TIED: torch.zeros_like(ours["lm_head.weight"])} if "codebook" in ours else {}
 
@@ -64,7 +56,7 @@ TABLE = KeyTable(
         Row(f"{_DECODER}.input_layer.{{p}}", "code_proj.{p}"),
         Row(f"{_DECODER}.quantize_codebooks", "codebook", lambda table: table[0], lambda table: table[None]),
         Row(f"{_LAYER}.self_attn.q_proj.{{p}}", f"{_ATTENTION}.f.q.{{p}}"),
-        Row(tuple(f"{_LAYER}.self_attn.{x}_proj.{{p}}" for x in "kv"), (f"{_ATTENTION}.f.kv.{{p}}",), _joined, _halves),
+        Row(tuple(f"{_LAYER}.self_attn.{x}_proj.{{p}}" for x in "kv"), (f"{_ATTENTION}.f.kv.{{p}}",), joined, halves),
         Row(f"{_LAYER}.self_attn.out_proj.{{p}}", f"{_ATTENTION}.f.proj.{{p}}"),
         Row(f"{_LAYER}.self_attn_layer_norm.{{p}}", f"{_ATTENTION}.norm.{{p}}"),
         Row(f"{_LAYER}.fc1.{{p}}", f"{_MLP}.f.fc1.{{p}}"),

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from genkit.convert.base import ConversionReport, KeyTable, OfficialModel, Row, build_empty, fill
+from genkit.convert.base import ConversionReport, KeyTable, OfficialModel, Row, build_empty, fill, joined, split_qkv
 from genkit.generators.predformer import PredFormer
 
 COMPONENT, PIPELINE = "predictor", None
@@ -32,12 +31,6 @@ UNITS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _split(tensors: list[Tensor]) -> list[Tensor]:
-    """Split [q; k; v] rows into q and kv."""
-    third = len(tensors[0]) // 3
-    return [tensors[0][:third].clone(), tensors[0][third:].clone()]
-
-
 def _table(layout: str) -> KeyTable:
     """Return the rows of a layout."""
     rows = [Row("to_patch_embedding.1.{p}", "embed.{p}"), Row("mlp_head.0.{p}", "norm.{p}"), Row("mlp_head.1.{p}", "head.{p}")]
@@ -47,7 +40,7 @@ def _table(layout: str) -> KeyTable:
         ours = f"layers.0.{place}" if is_whole else f"layers.{{i}}.{place}"
         pair, own = f"{official}.layers.{{j}}", f"{ours}.pairs.{{j}}"
         rows += [
-            Row((f"{pair}.0.fn.to_qkv.weight",), (f"{own}.0.f.q.weight", f"{own}.0.f.kv.weight"), _split, lambda parts: [torch.cat(parts)]),
+            Row((f"{pair}.0.fn.to_qkv.weight",), (f"{own}.0.f.q.weight", f"{own}.0.f.kv.weight"), split_qkv, joined),
             Row(f"{pair}.0.fn.to_out.0.{{p}}", f"{own}.0.f.proj.{{p}}"),
             Row(f"{pair}.0.norm.{{p}}", f"{own}.0.norm.{{p}}"),
             Row(f"{pair}.1.norm.{{p}}", f"{own}.1.norm.{{p}}"),

@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, fill
+from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, fill, halves, joined
 from genkit.generators.pixart import LATENT_CHANNELS, level_table
 
 if TYPE_CHECKING:
@@ -34,14 +33,6 @@ def _thirds(tensors: list[Tensor]) -> list[Tensor]:
     return [part.clone() for part in tensors[0].chunk(3)]
 
 
-def _halves(tensors: list[Tensor]) -> list[Tensor]:
-    return [part.clone() for part in tensors[0].chunk(2)]
-
-
-def _joined(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors)]
-
-
 _BLOCK, _OURS = "model.blocks.{i}", "transformer_blocks.{i}"
 TABLE = KeyTable(
     "sim",
@@ -53,10 +44,10 @@ TABLE = KeyTable(
         Row("model.t_embedder.mlp.2.{p}", "adaln_single.emb.timestep_embedder.linear_2.{p}"),
         Row("model.t_block.1.{p}", "adaln_single.linear.{p}"),
         Row(f"{_BLOCK}.scale_shift_table", f"{_OURS}.scale_shift_table"),
-        Row((f"{_BLOCK}.attn.qkv.{{p}}",), tuple(f"{_OURS}.attn1.to_{x}.{{p}}" for x in "qkv"), _thirds, _joined),
+        Row((f"{_BLOCK}.attn.qkv.{{p}}",), tuple(f"{_OURS}.attn1.to_{x}.{{p}}" for x in "qkv"), _thirds, joined),
         Row(f"{_BLOCK}.attn.proj.{{p}}", f"{_OURS}.attn1.to_out.0.{{p}}"),
         Row(f"{_BLOCK}.cross_attn.q_linear.{{p}}", f"{_OURS}.attn2.to_q.{{p}}"),
-        Row((f"{_BLOCK}.cross_attn.kv_linear.{{p}}",), tuple(f"{_OURS}.attn2.to_{x}.{{p}}" for x in "kv"), _halves, _joined),
+        Row((f"{_BLOCK}.cross_attn.kv_linear.{{p}}",), tuple(f"{_OURS}.attn2.to_{x}.{{p}}" for x in "kv"), halves, joined),
         Row(f"{_BLOCK}.cross_attn.proj.{{p}}", f"{_OURS}.attn2.to_out.0.{{p}}"),
         Row(f"{_BLOCK}.mlp.fc1.{{p}}", f"{_OURS}.ff.net.0.proj.{{p}}"),
         Row(f"{_BLOCK}.mlp.fc2.{{p}}", f"{_OURS}.ff.net.2.{{p}}"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genkit.blocks.axial import AxialAttention
-from genkit.convert.base import ConversionReport, KeyTable, OfficialModel, Row, build_empty, fill
+from genkit.convert.base import ConversionReport, KeyTable, OfficialModel, Row, build_empty, fill, joined, split_qkv
 from genkit.generators.vdt import VDTTransformer3DModel
 
 COMPONENT, PIPELINE = "transformer", "VDTPipeline"
@@ -31,16 +31,6 @@ OFFICIAL = (
 )  # fmt: skip
 
 
-def _split(tensors: list[Tensor]) -> list[Tensor]:
-    """Split [q; k; v] rows into q and kv."""
-    third = len(tensors[0]) // 3
-    return [tensors[0][:third].clone(), tensors[0][third:].clone()]
-
-
-def _joined(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors)]
-
-
 def _table(temporal: bool) -> KeyTable:
     """Return the rows; an image model has its spatial branch first."""
     block, first = "blocks.{i}", 1 if temporal else 0
@@ -52,7 +42,7 @@ def _table(temporal: bool) -> KeyTable:
         Row("t_embedder.mlp.0.{p}", "timestep.fc1.{p}"),
         Row("t_embedder.mlp.2.{p}", "timestep.fc2.{p}"),
         Row("y_embedder.embedding_table.weight", "label.weight"),
-        Row((f"{block}.attn.qkv.{{p}}",), (f"{space}.q.{{p}}", f"{space}.kv.{{p}}"), _split, _joined),
+        Row((f"{block}.attn.qkv.{{p}}",), (f"{space}.q.{{p}}", f"{space}.kv.{{p}}"), split_qkv, joined),
         Row(f"{block}.attn.proj.{{p}}", f"{space}.proj.{{p}}"),
         Row(f"{block}.mlp.fc1.{{p}}", f"{mlp}.fc1.{{p}}"),
         Row(f"{block}.mlp.fc2.{{p}}", f"{mlp}.fc2.{{p}}"),
@@ -64,7 +54,7 @@ def _table(temporal: bool) -> KeyTable:
         time = f"{block}.branches.0"
         rows += [
             Row(f"{block}.temporal_norm1.{{p}}", f"{time}.norm.{{p}}"),
-            Row((f"{block}.temporal_attn.qkv.{{p}}",), (f"{time}.f.q.{{p}}", f"{time}.f.kv.{{p}}"), _split, _joined),
+            Row((f"{block}.temporal_attn.qkv.{{p}}",), (f"{time}.f.q.{{p}}", f"{time}.f.kv.{{p}}"), split_qkv, joined),
             Row(f"{block}.temporal_attn.proj.{{p}}", f"{time}.f.proj.{{p}}"),
             Row(f"{block}.temporal_fc.{{p}}", f"{time}.f.proj2.{{p}}"),
         ]

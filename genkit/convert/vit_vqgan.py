@@ -11,11 +11,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from genkit.blocks.embeddings import sincos_2d
-from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill
+from genkit.convert.base import ConversionReport, Drop, KeyTable, OfficialModel, Row, build_empty, fill, joined, split_qkv
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 
 COMPONENT, PIPELINE = "vqvae", None
@@ -32,18 +31,13 @@ OFFICIAL = (
 )  # fmt: skip
 
 
-def _split_qkv(rows: Tensor) -> list[Tensor]:
-    """Split [q; k; v] rows [3i, d] into q [i, d] and kv [2i, d]."""
-    return [rows[: rows.shape[0] // 3].clone(), rows[rows.shape[0] // 3 :].clone()]
-
-
 def _tower_rows(side: str) -> list[Row]:
     """Return the rows of one tower ("encoder" or "decoder")."""
     official, ours = f"{side}.transformer.layers.{{i}}", f"{side}.blocks.{{i}}.branches"
     return [
         Row(f"{official}.0.norm.{{p}}", f"{ours}.0.norm.{{p}}"),
         Row((f"{official}.0.fn.to_qkv.weight",), (f"{ours}.0.f.q.weight", f"{ours}.0.f.kv.weight"),
-            load=lambda tensors: _split_qkv(tensors[0]), save=lambda tensors: [torch.cat(tensors)]),
+            load=split_qkv, save=joined),
         Row(f"{official}.0.fn.to_out.{{p}}", f"{ours}.0.f.proj.{{p}}"),
         Row(f"{official}.1.norm.{{p}}", f"{ours}.1.norm.{{p}}"),
         Row(f"{official}.1.fn.net.0.{{p}}", f"{ours}.1.f.fc1.{{p}}"),
