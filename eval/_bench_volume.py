@@ -5,7 +5,7 @@ import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from _timing import machine
@@ -21,18 +21,18 @@ MOST_DENSE = 20_000_000  # points; more are computed from the time of some
 TIMED_POINTS = 400_000
 
 
-def ways_of(slim: str | None) -> list[tuple[str, bool, Any]]:
-    """Return (name, whether it uses the slim head, decoder)."""
+def ways_of(has_slim: bool) -> list[tuple[str, str, Any]]:
+    """Return (name, head, decoder)."""
     found = [
-        ("dense", False, DenseDecoder()),
-        ("hierarchical, published band", False, HierarchicalDecoder("band")),
-        ("hierarchical, grow", False, HierarchicalDecoder()),
-        ("flash, mean, band", False, FlashDecoder()),
-        ("flash, mean, grow", False, FlashDecoder(rule="grow")),
-        ("flash, mass, grow", False, FlashDecoder("mass", rule="grow")),
+        ("dense", "base", DenseDecoder()),
+        ("hierarchical, published band", "base", HierarchicalDecoder("band")),
+        ("hierarchical, grow", "base", HierarchicalDecoder()),
+        ("flash, mean, band", "base", FlashDecoder()),
+        ("flash, mean, grow", "base", FlashDecoder(rule="grow")),
+        ("flash, mass, grow", "base", FlashDecoder("mass", rule="grow")),
     ]
-    slim_ways = [("slim", True, HierarchicalDecoder()), ("slim, flash, mean, grow", True, FlashDecoder(rule="grow"))]
-    return found + (slim_ways if slim else [])
+    slim = [("slim, grow", "slim", HierarchicalDecoder()), ("slim, flash, mean, grow", "slim", FlashDecoder(rule="grow"))]
+    return found + (slim if has_slim else [])
 
 
 def run_way(
@@ -40,6 +40,7 @@ def run_way(
     model: str,
     data: str,
     shape: int,
+    head: str,
     decoder: Any,
     resolution: int,
     threads: int,
@@ -56,19 +57,20 @@ def run_way(
         pipe.to(device)
         if dtype != "float32":
             pipe.to(getattr(torch, dtype))
-        tokens = pipe.vae.decode(pipe.encode(centred, 0))[0]
+        vae = pipe.vae_of(head)
+        tokens = vae.decode(pipe.encode(centred, 0))[0]
         before = peak(device)
         clocks, share, scaled = [], 1.0, False
         total = (resolution + 1) ** 3
         if isinstance(decoder, DenseDecoder) and total > MOST_DENSE:
-            query, scaled = ShapeQuery(pipe.vae, tokens, decoder.num_chunks), True
+            query, scaled = ShapeQuery(vae, tokens, decoder.num_chunks), True
             points = coordinates(torch.arange(TIMED_POINTS, device=device) * (total // TIMED_POINTS), resolution, decoder.bound)
         for _ in range(repeats):
             began = time.perf_counter()
             if scaled:
                 query(points)
             else:
-                field = decoder(pipe.vae, tokens, resolution)
+                field = decoder(vae, tokens, resolution)
                 share = field.evaluations / (field.resolution + 1) ** 3
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
@@ -86,7 +88,6 @@ def peak(device: str) -> int:
 def volume(
     model: str,
     data: str,
-    slim: str | None = None,
     shape: int = 0,
     resolutions: tuple[int, ...] = (128, 256, 384),
     device: str = "cpu",
@@ -99,7 +100,6 @@ def volume(
     Args:
         model: fitted shape VAE with an encoder: packaged name, folder or official file.
         data: parquet file with meshes, or folder of mesh files.
-        slim: the same with the slim head.
         shape: number of the mesh.
         resolutions: cells of the grid a side.
         device: cpu or cuda.
@@ -108,14 +108,14 @@ def volume(
         repeats: timed runs; the median counts.
     """
     context = multiprocessing.get_context("spawn")
+    has_slim = cast(Any, GenPipeline.from_pretrained(model)).slim_vae is not None
     print(f"{model}, {dtype}; {machine(device)}; {threads or torch.get_num_threads()} threads in each process")
     for resolution in resolutions:
         print(f"\n{resolution}^3 cells")
         first = None
-        for name, is_slim, decoder in ways_of(slim):
+        for name, head, decoder in ways_of(has_slim):
             receiver, sender = context.Pipe(duplex=False)
-            chosen = slim if is_slim else model
-            arguments = (sender, chosen, data, shape, decoder, resolution, threads, repeats, device, dtype)
+            arguments = (sender, model, data, shape, head, decoder, resolution, threads, repeats, device, dtype)
             process = context.Process(target=run_way, args=arguments)
             process.start()
             sender.close()

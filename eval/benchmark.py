@@ -13,7 +13,7 @@
     python eval/benchmark.py heun --threads 1                       # EDM's sampler against the plain loop, official CIFAR-10 size
     python eval/benchmark.py distill --threads 1                    # SIM's steps against the naive way: seconds and memory
     python eval/benchmark.py vdt --threads 1                        # VDT-S/2, 16 frames of 32x32 latents; also --dtype bfloat16
-    python eval/benchmark.py volume FOLDER data/lowpoly/test.parquet --threads 1   # decoders of a shape VAE; also --slim
+    python eval/benchmark.py volume FOLDER data/lowpoly/test.parquet --threads 1   # decoders and heads of a shape VAE
     python eval/benchmark.py shape --threads 1                      # sampling of a shape's latents with guidance
     python eval/benchmark.py mesh --threads 1                       # tokens of MeshAnything V2 at contexts of 300 to 4,500
     python eval/benchmark.py mesh_tokens                            # a mesh of 1,280 faces to tokens and back

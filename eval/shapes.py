@@ -1,7 +1,7 @@
 """Shape VAEs and volume decoders on real meshes: how near the reconstructions are, and how far each decoder is from the first.
 
     python eval/shapes.py --models runs/shape-vae-lowpoly/export --data data/lowpoly/test.parquet --sheet sheet.png
-    python eval/shapes.py --models FOLDER SLIM_FOLDER --data data/lowpoly/test.parquet --decoders dense hierarchical flash:selection=mass
+    python eval/shapes.py --models genkit/shape-vae-lowpoly --data data/lowpoly/test.parquet --decoders dense hierarchical flash:head=slim
 
 Volume IoU: inside or outside at points spread over the cube that holds the shape; surface IoU: at points near its surface. The truth is the
 field that the model is trained on (`genkit.data.mesh_fields`), which gives meshes that do not close an inside too. Chamfer distance (L1,
@@ -17,26 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from _mesh_tables import cell, sheet, spread
-from torch import Tensor
 
 from genkit import GenPipeline
-from genkit.data.mesh_fields import MeshField
 from genkit.data.surfaces import normalised
-from genkit.data.winding import winding_numbers
-from genkit.eval.meshes import sample
-from genkit.eval.shapes import PointDistances, occupancy_iou
+from genkit.eval.solids import METRICS, Solid
 
-NEAR = 0.02  # standard deviation of points near the surface
-THRESHOLD = 0.02  # of the F-score
-METRICS = ("volume IoU", "surface IoU", "Chamfer", "F-score")
+COLUMNS = {"volume IoU": "volume-iou", "surface IoU": "surface-iou", "Chamfer": "chamfer-l1-sum", "F-score": "fscore@0.02"}
 
 
 def parse_decoder(text: str) -> tuple[str, dict[str, Any]]:
-    """Return a decoder's name and options, of "flash" or "flash:selection=mass,rule=grow".
+    """Return a decoder's name and options, of "flash" or "flash:head=slim,selection=mass".
 
     Raises:
         SystemExit: for options without a value.
@@ -55,34 +48,10 @@ class Row:
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in (*METRICS, "evaluated", "seconds")})
     meshes: list[Any] = field(default_factory=list)
 
-
-def inside(mesh: Any, points: Tensor) -> Tensor:
-    """Return which points [q] lie in a closed mesh."""
-    corners, faces = torch.from_numpy(np.array(mesh.vertices)), torch.from_numpy(np.array(mesh.faces))
-    return winding_numbers(points, corners, faces) > 0.5
-
-
-def figures(points: Tensor, surface: Tensor, truths: list[Tensor], queries: list[Tensor], mesh: Any) -> dict[str, float]:
-    """Measure a reconstruction.
-
-    Args:
-        points: [p, 3] on the true surface.
-        surface: [p, 3] on the reconstruction's.
-        truths: which points of each kind of query are inside.
-        queries: over the volume, and near the surface.
-        mesh: the reconstruction.
-    """
-    found = PointDistances.between(points, surface)
-    ious = [occupancy_iou(truth, inside(mesh, at)) for truth, at in zip(truths, queries, strict=True)]
-    return dict(zip(METRICS, (*ious, found.chamfer(), found.fscore(THRESHOLD)[0]), strict=True))
-
-
-def spread_queries(surface: Tensor, count: int, seed: int) -> list[Tensor]:
-    """Return points [count, 3] over the cube [-1, 1]^3 and near surface points."""
-    draw = torch.Generator().manual_seed(seed)
-    near = surface[torch.randint(len(surface), (count,), generator=draw)]
-    cube = 2 * torch.rand(count, 3, generator=draw, dtype=torch.float64) - 1
-    return [cube, near + NEAR * torch.randn(count, 3, generator=draw, dtype=torch.float64)]
+    def add(self, values: dict[str, float]) -> None:
+        """Add the figures of one shape."""
+        for key, value in values.items():
+            self.values[key].append(value)
 
 
 def measure(
@@ -93,28 +62,23 @@ def measure(
     against_truth, against_first = ({label: Row() for label, _, _ in ways} for _ in range(2))
     for seed, mesh in enumerate(meshes):
         centred, _, _ = normalised(mesh)
-        points, _ = sample(centred, count, seed)
-        queries = spread_queries(points, count, seed)
-        truths = [MeshField.of(centred)(at) > 0 for at in queries]
-        first: Any = None
+        truth = Solid.of(centred, count, seed)
+        first: Solid | None = None
         for label, pipe, decoder in ways:
             name, options = parse_decoder(decoder)
+            head = options.pop("head", None)
             began = time.perf_counter()
-            output = pipe(centred, octree_resolution=resolution, decoder=name, decoder_options=options, generator=[seed])
+            output = pipe(centred, octree_resolution=resolution, decoder=name, head=head, decoder_options=options, generator=[seed])
             seconds = time.perf_counter() - began
             found, grid_field = output.meshes[0], output.fields[0]
-            surface, _ = sample(found, count, seed + 1)
-            row = against_truth[label]
+            solid, row = truth.of_closed(found, seed + 1), against_truth[label]
             row.meshes.append(found)
-            values = figures(points, surface, truths, queries, found)
-            values |= {"evaluated": grid_field.evaluations / (grid_field.resolution + 1) ** 3, "seconds": seconds}
-            for key, value in values.items():
-                row.values[key].append(value)
+            share = grid_field.evaluations / (grid_field.resolution + 1) ** 3
+            row.add(truth.compare(solid) | {"evaluated": share, "seconds": seconds})
             if first is None:
-                first = (surface, [inside(found, at) for at in queries])
-                continue
-            for key, value in figures(first[0], surface, first[1], queries, found).items():
-                against_first[label].values[key].append(value)
+                first = solid
+            else:
+                against_first[label].add(first.compare(solid))
     return against_truth, dict(list(against_first.items())[1:])
 
 
@@ -125,9 +89,9 @@ def table(rows: dict[str, Row], columns: tuple[str, ...]) -> None:
     for label, row in rows.items():
         cells = []
         for column in columns:
-            values = torch.tensor(row.values[column], dtype=torch.float64)
-            if column in METRICS:
-                cells.append(cell(row.values[column]))
+            values = torch.tensor(row.values[COLUMNS.get(column, column)], dtype=torch.float64)
+            if column in COLUMNS:
+                cells.append(cell(values.tolist()))
             else:
                 cells.append(f"{100 * values.mean():.1f} %" if column == "evaluated" else f"{values.median():.2f}")
         print(f"| {label} |", " | ".join(cells), "|")
@@ -160,10 +124,10 @@ def main() -> None:
         print(json.dumps({name: {label: row.values for label, row in rows.items()} for name, rows in parts.items()}))
         return
     print(f"{len(meshes)} shapes, resolution {args.resolution}, {args.points} points; {torch.get_num_threads()} threads\n")
-    table(truth, (*METRICS, "evaluated", "seconds"))
+    table(truth, (*COLUMNS, "evaluated", "seconds"))
     if deviation:
         print(f"against {next(iter(truth))}:\n")
-        table(deviation, METRICS)
+        table(deviation, tuple(COLUMNS))
 
 
 if __name__ == "__main__":

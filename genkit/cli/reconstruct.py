@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("reconstruction.glb"), metavar="FILE", help="mesh to write (default: %(default)s)")
     add("--resolution", type=positive, metavar="R", help="cells of the grid a side (default: the model's)")
     add("--decoder", choices=("dense", "hierarchical", "flash"), help="where the field is evaluated (default: the model's)")
+    add("--head", choices=("base", "slim"), help="which head evaluates it (default: the model's)")
     add("--max-faces", type=positive, metavar="N", help="budget (default: as many as come)")
     add("--preview", type=Path, metavar="FILE", help="strip of views, original above, a .png (default: beside the mesh)")
     add("--no-metrics", action="store_true", help="do not compare the result with the original")
@@ -41,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model} is a {type(pipe).__name__}, which reconstructs no meshes; `genkit list` says what each model makes."
         )
     loaded = time.perf_counter()
-    options = {"octree_resolution": args.resolution, "decoder": args.decoder, "max_faces": args.max_faces, "generator": [args.seed]}
+    options = {
+        "octree_resolution": args.resolution,
+        "decoder": args.decoder,
+        "head": args.head,
+        "max_faces": args.max_faces,
+        "generator": [args.seed],
+    }
     output = pipe(original, **options)
     done = time.perf_counter()
     found, field = output.meshes[0], output.fields[0]

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("shape.glb"), metavar="FILE", help="mesh to write; several are numbered (default: %(default)s)")
     add("--resolution", type=positive, metavar="R", help="cells of the grid a side (default: the model's)")
     add("--decoder", choices=("dense", "hierarchical", "flash"), help="where the field is evaluated (default: the model's)")
+    add("--head", choices=("base", "slim"), help="which head evaluates it (default: the model's)")
     add("--max-faces", type=positive, metavar="N", help="budget of each mesh (default: as many as come)")
     add("--preview", type=Path, metavar="FILE", help="turntable, a row each, a .png (default: beside the mesh)")
     add_sampling(parser, "shape")
@@ -47,7 +48,13 @@ def run(args: argparse.Namespace) -> int:
     loaded = time.perf_counter()
     count = (1 if args.views else len(prompts)) * args.num_shapes
     seeds = choose_seeds(args, count)
-    options = {"octree_resolution": args.resolution, "decoder": args.decoder, "max_faces": args.max_faces, "views": args.views}
+    options = {
+        "octree_resolution": args.resolution,
+        "decoder": args.decoder,
+        "head": args.head,
+        "max_faces": args.max_faces,
+        "views": args.views,
+    }
     output = pipe(prompts, num_images_per_prompt=args.num_shapes, generator=seeds, **options, **sampling_options(args))
     done = time.perf_counter()
     paths = [args.out if count == 1 else args.out.with_name(f"{args.out.stem}-{i + 1}{args.out.suffix}") for i in range(count)]

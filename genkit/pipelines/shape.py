@@ -28,11 +28,10 @@ from genkit.generators.shape_dit import ShapeDiT
 from genkit.pipelines.base import Callback, check_sampling, samples_at_once_or_default
 from genkit.pipelines.outputs import MemoryEstimate, StepState
 from genkit.pipelines.seeds import SampleStreams, Seeds, resolve_seeds
-from genkit.pipelines.shape_decoding import DECODERS, ShapeOutput, ShapePipelineBase
+from genkit.pipelines.shape_decoding import ShapeOutput, ShapePipelineBase
 from genkit.pipelines.shape_flow import ShapeFlow
 from genkit.schedulers.flow_matching import FlowMatchingScheduler
 from genkit.tokenizers.shape_vae import ShapeVAE
-from genkit.tokenizers.volume_decoders import check_resolution
 
 ShapePrompt = str | Image.Image | Sequence[Image.Image]
 """Text, a picture, or several views of one object."""
@@ -80,16 +79,17 @@ class ShapePipeline(ShapePipelineBase):
         image_encoder: DINOv2, for pictures.
         text_encoder: for text, its tokens as wide as the transformer's condition.
         tokenizer: of the text encoder.
+        slim_vae: decodes the same latents with a slim head.
         condition_size: side of the cut-out pictures.
-        octree_resolution, decoder: used when a call gives none.
+        octree_resolution, decoder, head: used when a call gives none.
         num_inference_steps, guidance_scale: used when a call gives none; 1 = off.
 
     Raises:
         ValueError: if the components do not fit together.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
-    _optional_components: ClassVar[list[str]] = ["image_encoder", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae->slim_vae"
+    _optional_components: ClassVar[list[str]] = ["image_encoder", "text_encoder", "tokenizer", "slim_vae"]
     _callback_tensor_inputs: ClassVar[list[str]] = ["sample", "predicted"]
 
     def __init__(
@@ -100,9 +100,11 @@ class ShapePipeline(ShapePipelineBase):
         image_encoder: PreTrainedModel | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        slim_vae: ShapeVAE | None = None,
         condition_size: int = 512,
         octree_resolution: int = 256,
         decoder: str = "flash",
+        head: str = "base",
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
     ) -> None:
@@ -118,13 +120,12 @@ class ShapePipeline(ShapePipelineBase):
                 raise ValueError(f"ShapePipeline: the transformer takes conditions of width {width}, {given}.")
         if image_encoder is None and text_encoder is None:
             raise ValueError("ShapePipeline: give image_encoder, or text_encoder with tokenizer, or both.")
-        choose(decoder, DECODERS, "decoder")
-        check_resolution(octree_resolution)
+        self.check_decoding(vae, slim_vae, octree_resolution, decoder, head)
         encoders = {"image_encoder": image_encoder, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, **encoders)
+        self.register_modules(transformer=transformer, vae=vae, slim_vae=slim_vae, scheduler=scheduler, **encoders)
         self.register_to_config(
-            condition_size=condition_size, octree_resolution=octree_resolution, decoder=decoder, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            condition_size=condition_size, octree_resolution=octree_resolution, decoder=decoder, head=head,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
         )  # fmt: skip
 
     @property
@@ -146,6 +147,7 @@ class ShapePipeline(ShapePipelineBase):
         octree_resolution: int | None = None,
         decoder: str | None = None,
         decoder_options: dict[str, Any] | None = None,
+        head: str | None = None,
         max_faces: int | None = None,
         keep_floaters: bool = False,
         callback_on_step_end: Callback | None = None,
@@ -163,6 +165,7 @@ class ShapePipeline(ShapePipelineBase):
             octree_resolution: cells of the grid a side; the pipeline's own if None.
             decoder: "dense", "hierarchical" or "flash"; the pipeline's own if None.
             decoder_options: of its constructor, `num_chunks` say.
+            head: "base" or "slim"; the pipeline's own if None.
             max_faces: budget of each mesh; None for as many as come.
             keep_floaters: keep connected parts with less than half a percent of the faces.
             callback_on_step_end: called as callback(pipe, step, timestep, fields) after each step.
@@ -175,7 +178,7 @@ class ShapePipeline(ShapePipelineBase):
             ValueError: for what does not fit together, before any work is done; where no surface is found.
         """
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
-        extraction = self.extraction(octree_resolution, decoder, decoder_options, max_faces, keep_floaters)
+        extraction = self.extraction(octree_resolution, decoder, decoder_options, max_faces, keep_floaters, head)
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         states = self.iterate(
             prompt, views=views, num_inference_steps=steps, guidance_scale=guidance_scale, num_images_per_prompt=num_images_per_prompt,

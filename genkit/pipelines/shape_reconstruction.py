@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.checks import choose
 from genkit.data.surfaces import normalised, surface_points
 from genkit.pipelines.outputs import MemoryEstimate
 from genkit.pipelines.seeds import Seeds, resolve_seeds
-from genkit.pipelines.shape_decoding import DECODERS, ShapeOutput, ShapePipelineBase
+from genkit.pipelines.shape_decoding import ShapeOutput, ShapePipelineBase
 from genkit.tokenizers.shape_vae import ShapeVAE
-from genkit.tokenizers.volume_decoders import check_resolution
 
 if TYPE_CHECKING:
     import trimesh
@@ -31,23 +29,30 @@ class ShapeReconstructionPipeline(ShapePipelineBase):
 
     Args:
         vae: with an encoder.
+        slim_vae: decodes the same latents with a slim head.
         octree_resolution: of the grid, used when a call gives none.
-        decoder: key of `DECODERS`, used when a call gives none.
+        decoder, head: keys of `DECODERS` and `HEADS`, used when a call gives none.
 
     Raises:
-        ValueError: for a VAE without encoder, or an unknown decoder.
+        ValueError: for a VAE without encoder, or components and settings that do not fit together.
     """
 
-    model_cpu_offload_seq = "vae"
+    model_cpu_offload_seq = "vae->slim_vae"
 
-    def __init__(self, vae: ShapeVAE, octree_resolution: int = 256, decoder: str = "hierarchical") -> None:
+    def __init__(
+        self,
+        vae: ShapeVAE,
+        slim_vae: ShapeVAE | None = None,
+        octree_resolution: int = 256,
+        decoder: str = "hierarchical",
+        head: str = "base",
+    ) -> None:
         super().__init__()
         if vae.encoder is None:
             raise ValueError("ShapeReconstructionPipeline: this VAE is a decoder only; open a file with an encoder.")
-        choose(decoder, DECODERS, "decoder")
-        check_resolution(octree_resolution)
-        self.register_modules(vae=vae)
-        self.register_to_config(octree_resolution=octree_resolution, decoder=decoder)
+        self.check_decoding(vae, slim_vae, octree_resolution, decoder, head)
+        self.register_modules(vae=vae, slim_vae=slim_vae)
+        self.register_to_config(octree_resolution=octree_resolution, decoder=decoder, head=head)
 
     @torch.no_grad()
     def __call__(
@@ -57,6 +62,7 @@ class ShapeReconstructionPipeline(ShapePipelineBase):
         octree_resolution: int | None = None,
         decoder: str | None = None,
         decoder_options: dict[str, Any] | None = None,
+        head: str | None = None,
         max_faces: int | None = None,
         keep_floaters: bool = False,
         generator: Seeds = None,
@@ -68,6 +74,7 @@ class ShapeReconstructionPipeline(ShapePipelineBase):
             octree_resolution: cells of the grid a side; the pipeline's own if None.
             decoder: "dense", "hierarchical" or "flash"; the pipeline's own if None.
             decoder_options: of its constructor, `num_chunks` say.
+            head: "base" or "slim"; the pipeline's own if None.
             max_faces: budget of each result; None for as many as come.
             keep_floaters: keep connected parts with less than half a percent of the faces.
             generator: seeds of the surface points, see `resolve_seeds`.
@@ -79,7 +86,7 @@ class ShapeReconstructionPipeline(ShapePipelineBase):
             ValueError: for meshes that cannot be used, before any work is done on it; where no surface is found.
         """
         meshes = list(mesh) if isinstance(mesh, Sequence) else [mesh]
-        extraction = self.extraction(octree_resolution, decoder, decoder_options, max_faces, keep_floaters)
+        extraction = self.extraction(octree_resolution, decoder, decoder_options, max_faces, keep_floaters, head)
         prepared = [normalised(item) for item in meshes]
         seeds = resolve_seeds(generator, len(meshes))
         latents, fields, results = [], [], []

@@ -264,8 +264,9 @@ def shapes_of(samples: ShapeSamples, views: ViewDataset) -> dict[int, int]:
     return found
 
 
-def open_vae(path: str) -> ShapeVAE:
-    """Open a shape VAE: its folder, or a pipeline's."""
+def open_vaes(path: str) -> tuple[ShapeVAE, ShapeVAE | None]:
+    """Open a shape VAE, and the one with a slim head if it has one: a VAE's folder, or a pipeline's name or folder."""
     if (Path(path) / "config.json").is_file():
-        return cast(ShapeVAE, ShapeVAE.from_pretrained(path))
-    return cast(ShapeVAE, cast(Any, GenPipeline.from_pretrained(path)).vae)
+        return cast(ShapeVAE, ShapeVAE.from_pretrained(path)), None
+    pipe: Any = GenPipeline.from_pretrained(path)
+    return pipe.vae, pipe.slim_vae

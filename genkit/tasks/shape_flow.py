@@ -29,7 +29,7 @@ from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.shape import ShapePipeline
 from genkit.schedulers.flow_matching import FlowMatchingScheduler, interpolate, logit_normal_times
 from genkit.tasks._prompts import load_text
-from genkit.tasks._shape_data import ConditionPictures, ShapeData, ShapeDataConfig, open_vae, sample_slices
+from genkit.tasks._shape_data import ConditionPictures, ShapeData, ShapeDataConfig, open_vaes, sample_slices
 from genkit.tokenizers.shape_vae import ShapeVAE
 from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
@@ -63,7 +63,7 @@ class Config(ShapeDataConfig):
         export_dtype: floating type of the exported weights.
     """
 
-    vae: str = "runs/shape-vae-lowpoly/export/vae"
+    vae: str = "genkit/shape-vae-lowpoly"
     image_encoder: dict[str, Any] = field(default_factory=dict)
     pretrained_image_encoder: str | None = None
     text_encoder: str | None = None
@@ -129,6 +129,7 @@ class ShapeFlowTask(Task):
         vae: of the latents.
         text: text encoder, frozen, and its tokenizer, or None.
         pictures_encoder: trained image encoder that stays as it is, or None.
+        slim_vae: decodes the same latents with a slim head; becomes part of the pipeline.
 
     Raises:
         ValueError: if shapes and pictures are not of the same objects, or widths differ.
@@ -140,9 +141,9 @@ class ShapeFlowTask(Task):
 
     def __init__(
         self, config: Config, views: ViewDataset, samples: ShapeSamples, vae: ShapeVAE, text: tuple[nn.Module, Any] | None = None,
-        pictures_encoder: nn.Module | None = None,
+        pictures_encoder: nn.Module | None = None, slim_vae: ShapeVAE | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.vae = config, vae.eval().requires_grad_(False)
+        self.config, self.vae, self.slim_vae = config, vae.eval().requires_grad_(False), slim_vae
         self.tokenizer = text[1] if text else None
         self.frozen = {"vae": self.vae} | ({"text_encoder": text[0]} if text else {})
         with torch.random.fork_rng(devices=[]):
@@ -208,6 +209,7 @@ class ShapeFlowTask(Task):
         return ShapePipeline(
             transformer=model.transformer,
             vae=self.vae,
+            slim_vae=self.slim_vae,
             scheduler=FlowMatchingScheduler(),
             image_encoder=cast(Any, model.image_encoder if model.image_encoder is not None else self.frozen.get("image_encoder")),
             text_encoder=cast(Any, self.frozen.get("text_encoder")),
@@ -244,4 +246,5 @@ def build(config: Config) -> ShapeFlowTask:
         encoder = Dinov2Model.from_pretrained(config.pretrained_image_encoder, torch_dtype=torch.float32).eval().requires_grad_(False)
     text = load_text(config.text_encoder, config.tokenizer)
     views, samples = ViewDataset(config.data, config.image_size), ShapeSamples(config.shapes)
-    return ShapeFlowTask(config, views, samples, open_vae(config.vae), text, encoder)
+    vae, slim_vae = open_vaes(config.vae)
+    return ShapeFlowTask(config, views, samples, vae, text, encoder, slim_vae)

@@ -20,13 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from genkit.data.shape_samples import ShapeSamples
+from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
+from genkit.tasks._solid_metrics import RESOLUTION as SOLID_RESOLUTION
+from genkit.tasks._solid_metrics import check_solid_metrics, solid_metrics
 from genkit.tokenizers.shape_vae import ShapeVAE, VecsetPosterior
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
 BLOCKS = ("blocks.", "encoder.cross.", "encoder.blocks.", "head.block.")
 NUM_SAMPLES = 4
 SLICE = 64  # side of the slices that sample grids show
+RESOLUTION = 128  # of the pipeline
+SCALED = 256  # shapes whose latents are measured
 
 
 @dataclass
@@ -39,6 +45,7 @@ class Config:
         truncation: distance at which the field is 1, in units of a shape that spans 2; at least half the diagonal of a coarse cell.
         gamma: weight of the divergence.
         points: of each shape in a step, in thirds of volume, near and sharp.
+        augment: turn every shape of a step by a quarter, a half, three quarters or not at all about y, and mirror half of them.
         start: folder of a VAE whose weights the training starts from, as far as shapes agree; null starts anew.
         only_head: keep the encoder of `start` as it is.
         optimizer: "adamw", or "muon": Muon for the matrices of the blocks, AdamW for the rest.
@@ -52,6 +59,7 @@ class Config:
     truncation: float = 0.05
     gamma: float = 1e-3
     points: int = 3072
+    augment: bool = False
     start: str | None = None
     only_head: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -123,11 +131,13 @@ class ShapeVAETask(Task):
                 chosen.append(_some(ctx, name, b, offset, count, third))
             offset += count
         places = torch.cat(chosen, dim=1)
-        return {
-            "surface": batch["surface"].gather(1, rows[..., None].expand(-1, -1, batch["surface"].shape[-1])),
-            "points": batch["points"].gather(1, places[..., None].expand(-1, -1, 3)),
-            "field": batch["field"].gather(1, places),
-        }
+        surface = batch["surface"].gather(1, rows[..., None].expand(-1, -1, batch["surface"].shape[-1]))
+        points = batch["points"].gather(1, places[..., None].expand(-1, -1, 3))
+        if self.config.augment:
+            turn = symmetries(ctx.rand("turn", b))
+            positions, normals, rest = surface[..., :3], surface[..., 3:6], surface[..., 6:]
+            surface, points = torch.cat([positions @ turn, normals @ turn, rest], dim=-1), points @ turn
+        return {"surface": surface, "points": points, "field": batch["field"].gather(1, places)}
 
     @property
     def vae(self) -> ShapeVAE:
@@ -152,10 +162,46 @@ class ShapeVAETask(Task):
         logits, _ = model(drawn["surface"], plane)
         return {"slices": logits.clamp(-1, 1).view(-1, 1, SLICE, SLICE).expand(-1, 3, -1, -1)}
 
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Refuse metrics that shapes do not have."""
+        check_solid_metrics(config)
+
+    def evaluate(self, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+        """Reconstruct meshes with the averaged weights, by the head that learns."""
+        pipe = self.pipeline(cast(VAELoss, ctx.ema["vae"]).model).to(ctx.device)
+        pipe.set_progress_bar_config(disable=True)
+        options = {"octree_resolution": config.size or SOLID_RESOLUTION, "head": "slim" if self.config.only_head else "base"}
+        return solid_metrics(config, lambda number, mesh: pipe(mesh, generator=[number], **options).meshes[0])
+
+    def pipeline(self, model: ShapeVAE) -> ShapeReconstructionPipeline:
+        """Return the pipeline around a trained VAE; with `only_head`, around the one it started from and the decoder with its slim head."""
+        if not self.config.only_head:
+            return ShapeReconstructionPipeline(model, octree_resolution=RESOLUTION)
+        base = ShapeVAE.from_pretrained(str(self.config.start), torch_dtype=torch.float32)
+        slim = ShapeVAE(**{**model.config, "num_encoder_layers": None, "scale_factor": base.config["scale_factor"]})
+        slim.load_state_dict({key: value for key, value in model.state_dict().items() if not key.startswith(("encoder.", "pre_kl."))})
+        return ShapeReconstructionPipeline(base, slim.eval(), octree_resolution=RESOLUTION)
+
+    @torch.no_grad()
+    def latent_scale(self, model: ShapeVAE) -> float:
+        """Return the factor that gives the latents of (at most `SCALED`) training shapes unit variance."""
+        device, places = next(model.parameters()).device, torch.linspace(0, len(self.data) - 1, min(SCALED, len(self.data))).long()
+        squares = []
+        for place in places.tolist():
+            batch = {name: rows[None].to(device) for name, rows in self.data[place].items()}
+            posterior = model.encode(self.draw(batch, StepContext(0, self.config.seed, device))["surface"])
+            squares.append((posterior.mean.square() + posterior.std.square()).mean())
+        return float(torch.stack(squares).mean().rsqrt())
+
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
-        """Write the VAE."""
-        model = cast(VAELoss, modules["vae"]).model
-        (model.half() if self.config.export_dtype == "float16" else model).save_pretrained(out / "vae")
+        """Write the pipeline; generators see its latents with unit variance."""
+        model = cast(VAELoss, modules["vae"]).model.eval()
+        if not self.config.only_head:
+            model.register_to_config(scale_factor=self.latent_scale(model))
+        pipe = self.pipeline(model)
+        if self.config.export_dtype == "float16":
+            pipe.to(torch.float16)
+        pipe.save_pretrained(out)
 
 
 def _some(ctx: StepContext, name: str, b: int, first: int, count: int, wanted: int) -> Tensor:
@@ -163,6 +209,17 @@ def _some(ctx: StepContext, name: str, b: int, first: int, count: int, wanted: i
     if wanted <= count:
         return first + ctx.rand(name, b, count).argsort(dim=1)[:, :wanted]
     return first + (ctx.rand(name, b, wanted) * count).long()
+
+
+def symmetries(u: Tensor) -> Tensor:
+    """Return one of the eight ways in which an upright box with a square base falls onto itself, [b, 3, 3], of uniform draws [b].
+
+    Coordinates are multiplied from the left, `points @ result`: signs of x and z, and x and z exchanged or not.
+    """
+    bits = ((u * 8).long().clamp(0, 7)[:, None] >> torch.arange(3, device=u.device)) & 1
+    signs, one = (1 - 2 * bits[:, :2]).to(u.dtype), torch.ones_like(u)
+    straight = torch.diag_embed(torch.stack([signs[:, 0], one, signs[:, 1]], dim=1))
+    return torch.where(bits[:, 2, None, None].bool(), straight.flip(-1), straight)
 
 
 class VAELoss(nn.Module):

@@ -20,11 +20,12 @@ class EvaluationConfig:
     """What to measure.
 
     Args:
-        real: real pictures, or a file with their statistics, see `genkit eval --help`; of video tasks, clips that were not trained on.
-        metrics: names as `genkit eval` has them; of video tasks, see `genkit.tasks._clip_metrics`.
-        num_samples: pictures or clips to make.
+        real: real pictures, or a file with their statistics, see `genkit eval --help`; of video and shape tasks, clips or meshes that were
+            not trained on.
+        metrics: names as `genkit eval` has them; of video tasks, see `genkit.tasks._clip_metrics`, of shapes, `genkit.eval.solids`.
+        num_samples: pictures, clips or shapes to make.
         protocol: whose choices; "lite0" needs no download, its distance is not FID.
-        size: another input size of the network than the protocol's, in pixels.
+        size: another input size of the network than the protocol's, in pixels; of shapes, cells of the grid a side.
         weights: of the FID Inception network; of video tasks, of I3D.
         view_size: turntable views are reduced to this side, in pixels.
         views: which of a turntable's views are the real pictures; all if null.

@@ -52,6 +52,30 @@ def test_saved_pipelines_open(pipe: Any, tmp_path: Path) -> None:
     assert np.array_equal(again(box, generator=[1]).meshes[0].vertices, pipe(box, generator=[1]).meshes[0].vertices)
 
 
+def test_a_slim_head_decodes_the_same_latents(pipe: Any, tmp_path: Path) -> None:
+    slim = ball_vae(num_encoder_layers=None, head_downsample=2, head_mlp_ratio=1.0)
+    with torch.no_grad():
+        slim.head.query_proj.bias[0] = -2.8
+    both: Any = ShapeReconstructionPipeline(ball_vae(), slim, octree_resolution=32)
+    box = trimesh.creation.box((1, 2, 3))
+    base, other = both(box, generator=[1]), both(box, head="slim", generator=[1])
+    assert torch.equal(base.latents, other.latents)
+    assert np.array_equal(base.meshes[0].vertices, pipe(box, generator=[1]).meshes[0].vertices)
+    assert other.meshes[0].volume < 0.6 * base.meshes[0].volume, "its ball is smaller"
+    both.register_to_config(head="slim")
+    both.save_pretrained(tmp_path / "both")
+    again: Any = GenPipeline.from_pretrained(tmp_path / "both")
+    assert np.array_equal(again(box, generator=[1]).meshes[0].vertices, other.meshes[0].vertices)
+    for call, message in (
+        (lambda: pipe(box, head="slim"), "has no slim head"),
+        (lambda: both(box, head="slimmer"), "unknown head"),
+        (lambda: ShapeReconstructionPipeline(ball_vae(), head="slim"), "needs a slim_vae"),
+        (lambda: ShapeReconstructionPipeline(ball_vae(), ball_vae(scale_factor=2.0)), "scale_factor are 1.0 and 2.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_bad_input_is_refused(pipe: Any) -> None:
     box = trimesh.creation.box()
     for call, message in (

@@ -84,6 +84,23 @@ def test_ids_of_a_step_are_legal_sequences_and_differ_from_step_to_step(meshes: 
     assert torch.equal(one, other)
 
 
+def test_groups_of_like_length_have_the_loss_of_the_whole_batch(meshes: str) -> None:
+    found = []
+    for groups in (1, 2):
+        task = mesh_generation.build(settings(meshes, length_groups=groups))
+        phase = next(iter(task.step({"index": torch.tensor([1, 0, 1])}, context())))
+        phase.loss.backward()
+        found.append((phase, {name: p.grad for name, p in task.modules["model"].named_parameters()}))
+    (one, grads), (two, others) = found
+    torch.testing.assert_close(one.loss, two.loss)
+    for name in one.logs:
+        torch.testing.assert_close(one.logs[name], two.logs[name])
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, others[name], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="length_groups must be at least 1, got 0"):
+        settings(meshes, length_groups=0)
+
+
 def test_meshes_that_the_model_cannot_hold_are_left_out_and_counted(meshes: str) -> None:
     task = mesh_generation.build(settings(meshes, model={**MODEL, "max_tokens": 70}))
     assert [mesh.name for mesh in task.samples.meshes] == ["box"]

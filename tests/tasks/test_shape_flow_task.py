@@ -19,7 +19,7 @@ from genkit.data.shape_samples import ShapeSamples
 from genkit.data.views import ViewDataset
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.shape import ShapePipeline
-from genkit.tasks._shape_data import ConditionPictures, open_vae, shapes_of
+from genkit.tasks._shape_data import ConditionPictures, open_vaes, shapes_of
 from genkit.tasks.shape_flow import Config, ShapeFlowTask, TimesConfig, build
 from genkit.training.config import TrainConfig
 from genkit.training.loop import Trainer
@@ -43,7 +43,7 @@ def task_of(config: Config, text: bool = False) -> ShapeFlowTask:
         return build(config)
     parts = text_parts()
     views = ViewDataset(config.data, config.image_size)
-    return ShapeFlowTask(config, views, ShapeSamples(config.shapes), open_vae(config.vae), (parts["text_encoder"], parts["tokenizer"]))
+    return ShapeFlowTask(config, views, ShapeSamples(config.shapes), open_vaes(config.vae)[0], (parts["text_encoder"], parts["tokenizer"]))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import trimesh
 
 from genkit.data.mesh_fields import FieldCounts
 from genkit.data.shape_samples import ShapeSamples, prepare, read_report
+from genkit.pipelines.base import GenPipeline
 from genkit.tasks.shape_vae import Config, ShapeVAETask
 from genkit.tokenizers.shape_vae import ShapeVAE
 from genkit.training.config import TrainConfig
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 
@@ -102,10 +105,36 @@ def test_it_learns_and_a_slim_head_follows_with_the_encoder_frozen(prepared: Pat
     start = str(tmp_path / "60" / "export" / "vae")
     slim = ShapeVAETask(Config(data=str(prepared), model=SLIM, points=300, start=start, only_head=True, lr=1e-3), data)
     Trainer(slim, TrainConfig(out=str(tmp_path / "slim"), steps=3, batch_size=3)).run()
-    base, found = ShapeVAE.from_pretrained(start), ShapeVAE.from_pretrained(tmp_path / "slim" / "export" / "vae")
-    surface = torch.rand(1, 64, 7)
-    assert torch.equal(base.encode(surface).mean, found.encode(surface).mean)
-    assert not torch.equal(base.post_kl.weight, found.post_kl.weight)
+    pipe: Any = GenPipeline.from_pretrained(tmp_path / "slim" / "export")
+    base, surface = ShapeVAE.from_pretrained(start), torch.rand(1, 64, 7)
+    assert torch.equal(base.encode(surface).mean, pipe.vae.encode(surface).mean) and pipe.slim_vae.encoder is None
+    assert not torch.equal(base.post_kl.weight, pipe.slim_vae.post_kl.weight)
+    trained = cast(Any, slim.modules["vae"]).model
+    assert all(torch.equal(value, trained.encoder.state_dict()[key]) for key, value in base.encoder.state_dict().items())
+    assert pipe.slim_vae.config["head_downsample"] == 2 and pipe.vae.config["scale_factor"] == pipe.slim_vae.config["scale_factor"] != 1
+
+
+def test_generators_see_latents_of_unit_variance(prepared: Path) -> None:
+    task = ShapeVAETask(Config(data=str(prepared), model=MODEL), ShapeSamples(prepared))
+    factor, rows = task.latent_scale(task.vae), []
+    for i in range(3):
+        batch = {name: value[None] for name, value in task.data[i].items()}
+        with torch.no_grad():
+            posterior = task.vae.encode(task.draw(batch, StepContext(0, 0, torch.device("cpu")))["surface"])
+        rows.append(posterior.mean.square() + posterior.std.square())
+    assert float(torch.cat(rows).mean() * factor**2) == pytest.approx(1, rel=1e-4)
+
+
+def test_metrics_of_shapes_while_training(prepared: Path, tmp_path: Path) -> None:
+    meshes = write_meshes(tmp_path / "meshes")
+    evaluation = EvaluationConfig(str(meshes), metrics=("volume-iou", "chamfer-l1-sum"), num_samples=2, size=16)
+    task = ShapeVAETask(Config(data=str(prepared), model=MODEL, points=300, optimizer="muon", lr=5e-3), ShapeSamples(prepared))
+    Trainer(task, TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=3, evaluate_every=2, evaluate=evaluation)).run()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = next(row for row in logged if "eval/volume-iou" in row)
+    assert 0 <= found["eval/volume-iou"] <= 1 and 0 <= found["eval/without-surface"] <= 1
+    with pytest.raises(ValueError, match="volume-iou"):
+        task.check_evaluation(EvaluationConfig(str(meshes), metrics=("volume_iou",)))
 
 
 def test_draws_are_of_every_kind(prepared: Path) -> None:
@@ -121,6 +150,22 @@ def test_draws_are_of_every_kind(prepared: Path) -> None:
     assert not torch.equal(other["points"], drawn["points"])
     points = {tuple(row) for row in np.round(batch["points"][0].numpy(), 6).tolist()}
     assert all(tuple(row) in points for row in np.round(drawn["points"][0].numpy(), 6).tolist())
+
+
+def test_augmented_shapes_are_turned_and_mirrored_as_a_whole(prepared: Path) -> None:
+    data = ShapeSamples(prepared)
+    tasks = [ShapeVAETask(Config(data=str(prepared), model=MODEL, points=90, augment=augment), data) for augment in (False, True)]
+    batch = {name: value[None].expand(32, *value.shape) for name, value in data[1].items()}
+    plain, turned = (task.draw(batch, StepContext(0, 0, torch.device("cpu"))) for task in tasks)
+    assert torch.equal(plain["field"], turned["field"])
+    ways = set()
+    for i in range(32):
+        way = torch.linalg.lstsq(plain["points"][i], turned["points"][i]).solution
+        ways.add(tuple(way.round().int().flatten().tolist()))
+        assert torch.allclose(way, way.round(), atol=1e-4) and torch.allclose(way @ way.T, torch.eye(3), atol=1e-4)
+        for rows in (slice(0, 3), slice(3, 6)):
+            assert torch.allclose(plain["surface"][i, :, rows] @ way, turned["surface"][i, :, rows], atol=1e-4)
+    assert len(ways) == 8 and all(way[4] == 1 for way in ways)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,74 @@
+"""Reconstructed and generated shapes against true meshes that need not close.
+
+The truth of inside and outside is the field that shape VAEs learn (`genkit.data.mesh_fields`), which gives open meshes an inside too.
+
+- volume IoU: at points spread over the cube [-1, 1]^3; surface IoU: at points near the true surface
+- Chamfer distance (L1, both directions added) and F-score between points on the surfaces
+
+Letters: p points on a surface, q points of space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genkit.data.mesh_fields import MeshField
+from genkit.data.winding import winding_numbers
+from genkit.eval.meshes import sample
+from genkit.eval.shapes import PointDistances, occupancy_iou
+
+METRICS = ("volume-iou", "surface-iou", "chamfer-l1-sum", "fscore@0.02")
+NEAR = 0.02  # standard deviation of points near the surface
+THRESHOLD = 0.02  # of the F-score
+
+
+def inside(mesh: Any, points: Tensor) -> Tensor:
+    """Return which points [q, 3] lie in a closed mesh, [q] bool."""
+    corners, faces = torch.from_numpy(np.array(mesh.vertices)), torch.from_numpy(np.array(mesh.faces))
+    return winding_numbers(points, corners, faces) > 0.5
+
+
+def queries(surface: Tensor, count: int, seed: int) -> list[Tensor]:
+    """Return points [count, 3] over the cube [-1, 1]^3, and as many near points [p, 3] of a surface."""
+    draw = torch.Generator().manual_seed(seed)
+    near = surface[torch.randint(len(surface), (count,), generator=draw)]
+    cube = 2 * torch.rand(count, 3, generator=draw, dtype=torch.float64) - 1
+    return [cube, near + NEAR * torch.randn(count, 3, generator=draw, dtype=torch.float64)]
+
+
+@dataclass
+class Solid:
+    """What a shape is compared by.
+
+    Args:
+        surface: points [p, 3] on it.
+        at: points [q, 3] over the volume, and near the surface.
+        inside: which of each lie inside, [q] bool.
+    """
+
+    surface: Tensor
+    at: list[Tensor]
+    inside: list[Tensor]
+
+    @classmethod
+    def of(cls, mesh: Any, count: int = 4000, seed: int = 0) -> Solid:
+        """Sample an open or closed mesh that spans [-1, 1] (`genkit.data.surfaces.normalised`), `count` points of each kind."""
+        surface, _ = sample(mesh, count, seed)
+        at, field = queries(surface, count, seed), MeshField.of(mesh)
+        return cls(surface, at, [field(points) > 0 for points in at])
+
+    def of_closed(self, mesh: Any, seed: int = 1) -> Solid:
+        """Sample a closed mesh at the same points of space."""
+        surface, _ = sample(mesh, len(self.surface), seed)
+        return Solid(surface, self.at, [inside(mesh, points) for points in self.at])
+
+    def compare(self, other: Solid) -> dict[str, float]:
+        """Measure another shape, sampled at the same points, against this one: metric -> value."""
+        found = PointDistances.between(self.surface, other.surface)
+        ious = [occupancy_iou(*pair) for pair in zip(self.inside, other.inside, strict=True)]
+        return dict(zip(METRICS, (*ious, found.chamfer(), found.fscore(THRESHOLD)[0]), strict=True))
