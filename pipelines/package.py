@@ -4,6 +4,7 @@ r"""Put a trained pipeline into the package: half precision, components that oth
         --summary "text to 64x64 pictures of low-poly game assets" --licence Apache-2.0 --prompt "a wooden table" --prompt "a tree"
     python pipelines/package.py runs/vdt-lowpoly/export vdt-lowpoly --text text-lowpoly --share vae=enat-lowpoly/vqvae \
         --summary "turntables of game assets from text, pictures or clips" --prompt "a treasure chest" --per-prompt 1
+    python pipelines/package.py runs/shape-vae-lowpoly-slim/export shape-vae-lowpoly --summary "meshes to latents and back" --mesh chair.obj
 
 Writes `genkit/pretrained/<name>`. Components of --share, and with --text the text encoder and tokenizer, lie in folders below
 `genkit/pretrained` that several models name: they are written if they are not there, else they have to be the same.
@@ -11,6 +12,7 @@ Existing weights are replaced; a README.md (the model card) in the folder is kep
 """
 
 import argparse
+import inspect
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -22,6 +24,7 @@ import yaml
 
 from genkit import GenPipeline
 from genkit.catalogue import write_sidecar
+from genkit.eval.meshes import load_mesh
 from genkit.parity import certificate
 from genkit.paths import pretrained_dir
 from genkit.weights import read_safetensors
@@ -74,6 +77,8 @@ def main() -> None:
     parser.add_argument("--summary", required=True, help="what `genkit list` says")
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights, an SPDX identifier")
     parser.add_argument("--prompt", action="append", default=[], help="prompt of the certificate; may be repeated")
+    parser.add_argument("--mesh", action="append", default=[], help="mesh file that is a prompt of the certificate; may be repeated")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the pipeline; may be repeated")
     parser.add_argument("--per-prompt", type=int, default=2, help="pictures or clips of each such prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="default number of sampling steps")
     parser.add_argument("--guidance-scale", type=float, help="default guidance")
@@ -85,9 +90,11 @@ def main() -> None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
     defaults = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
+    pipe.register_to_config(**settings("--set", args.set, pipe.config))
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())
-    memory = pipe.estimate_memory(4).peak / 1e6
+    first = next(iter(inspect.signature(pipe.estimate_memory).parameters))
+    memory = (pipe.estimate_memory(4) if first.startswith("num_") else pipe.estimate_memory()).peak / 1e6
     pipe.to(torch.float16)
     shared = {part: f"{args.text}/{part}" for part in TEXT} if args.text else {}
     shared |= settings("--share", args.share, pipe.components)
@@ -106,9 +113,11 @@ def main() -> None:
         if (Path(kept) / "README.md").is_file():
             shutil.copy(Path(kept) / "README.md", card)
     write_sidecar(folder, summary=args.summary, licence=args.licence, parameters=parameters, memory_mb=round(memory))
-    if args.prompt:
-        seeds = list(range(1, args.per_prompt + 1))
-        calls = [{"prompt": prompt, "num_images_per_prompt": len(seeds), "generator": seeds} for prompt in args.prompt]
+    seeds = list(range(1, args.per_prompt + 1))
+    calls = [{"prompt": prompt, "num_images_per_prompt": len(seeds), "generator": seeds} for prompt in args.prompt]
+    argument = next(iter(inspect.signature(pipe.__call__).parameters))
+    calls += [{argument: load_mesh(Path(path)), "generator": [1]} for path in args.mesh]
+    if calls:
         certificate.write(folder, calls)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {parameters / 1e6:.2f} M parameters, {size / 1e6:.2f} MB without what it shares")

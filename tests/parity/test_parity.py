@@ -171,6 +171,27 @@ def test_a_certificate_of_a_pixel_model(tmp_path: Path) -> None:
     assert certificate.check(tmp_path).status == "ok"
 
 
+@pytest.mark.parametrize("kind", ["shapes", "artist meshes"])
+def test_a_certificate_of_meshes_takes_a_mesh_and_notices_a_change(kind: str, tmp_path: Path) -> None:
+    import trimesh
+
+    from genkit.pipelines.shape_reconstruction import ShapeReconstructionPipeline
+    from tests.generators.toy_meshes import mesh_pipeline
+    from tests.pipelines.toy_shapes import ball_vae
+
+    box = trimesh.creation.box((1, 2, 3))
+    pipe: Any = ShapeReconstructionPipeline(ball_vae(), octree_resolution=16) if kind == "shapes" else mesh_pipeline()
+    argument, weight = ("mesh", "vae.pre_kl.bias") if kind == "shapes" else ("shape", "transformer.lm_head.weight")
+    pipe.save_pretrained(tmp_path)
+    certificate.write(tmp_path, [{argument: box, "generator": [1]}])
+    found = certificate.check(tmp_path)
+    assert found.status == "ok" and len(found.tensors) == 2 and not any("given" in item.name for item in found.tensors)
+    part, parameter = weight.split(".", 1)
+    torch.nn.init.normal_(getattr(pipe, part).get_parameter(parameter))
+    pipe.save_pretrained(tmp_path)
+    assert certificate.check(tmp_path).status == "failed"
+
+
 def test_a_certificate_proves_the_model_and_notices_a_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from genkit.generators.enat import ENATTransformer2DModel
     from genkit.pipelines.enat import ENATPipeline
