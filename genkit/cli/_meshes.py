@@ -12,6 +12,8 @@ from genkit.cli._sampling import check_out_folder, seed
 
 MESHES = (".glb", ".obj", ".ply", ".stl", ".off")
 VIEWS, VIEW_SIZE = 8, 160  # of a preview
+GIF_VIEWS, GIF_SECONDS = 32, 4.0
+PREVIEWS = (".png", ".gif")
 POINTS = 2000  # of the comparison of two meshes
 
 
@@ -42,19 +44,24 @@ def check_files(out: Path, preview: Path | None, models: list[str], source: Path
         raise FileNotFoundError(f"there is no {what} at {str(source)!r}.")
     if out.suffix.lower() not in MESHES:
         raise ValueError(f"--out must end in {', '.join(MESHES)}, got {str(out)!r}.")
-    if preview is not None and preview.suffix.lower() != ".png":
-        raise ValueError(f"--preview must end in .png, got {str(preview)!r}.")
+    if preview is not None and preview.suffix.lower() not in PREVIEWS:
+        raise ValueError(f"--preview must end in {' or '.join(PREVIEWS)}, got {str(preview)!r}.")
     check_out_folder(out)
     for model in models:
         check_model(model)
 
 
 def write_preview(path: Path, meshes: list[Any], wireframe: bool = False) -> None:
-    """Write views of meshes, a row each; of the last one with its edges if asked."""
+    """Write views of meshes, of the last one with its edges if asked: a .png strip, a row each, or a .gif in which they turn side by side."""
     from genkit.cli._pictures import grid, save_png
     from genkit.data.rendering import turntable
 
-    pictures = []
-    for i, mesh in enumerate(meshes):
-        pictures += turntable(mesh, VIEWS, VIEW_SIZE, wireframe=wireframe and i == len(meshes) - 1)
-    save_png(grid(pictures, VIEWS), path, {"Software": "genkit"})
+    moves = path.suffix.lower() == ".gif"
+    views, last = GIF_VIEWS if moves else VIEWS, len(meshes) - 1
+    rows = [turntable(mesh, views, VIEW_SIZE, wireframe=wireframe and i == last) for i, mesh in enumerate(meshes)]
+    if moves:
+        from genkit.data.video_files import write_clip
+
+        write_clip(path, [grid(list(frame), len(rows)) for frame in zip(*rows, strict=True)], views / GIF_SECONDS)
+        return
+    save_png(grid([picture for row in rows for picture in row], views), path, {"Software": "genkit"})

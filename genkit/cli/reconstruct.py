@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decoder", choices=("dense", "hierarchical", "flash"), help="where the field is evaluated (default: the model's)")
     add("--head", choices=("base", "slim"), help="which head evaluates it (default: the model's)")
     add("--max-faces", type=positive, metavar="N", help="budget (default: as many as come)")
-    add("--preview", type=Path, metavar="FILE", help="strip of views, original above, a .png (default: beside the mesh)")
+    add("--preview", type=Path, metavar="FILE", help="views of both, original above, a .png, or a turning .gif (default: beside the mesh)")
     add("--no-metrics", action="store_true", help="do not compare the result with the original")
     add_running(parser, "the surface points")
 

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=0.95, metavar="P", help="draw among the most probable that make up this share (default: %(default)s)"
     )
     add("--no-grammar", action="store_true", help="let illegal sequences through, as the released code does")
-    add("--preview", type=Path, metavar="FILE", help="strip of views, the shape above, a .png (default: beside the mesh)")
+    add("--preview", type=Path, metavar="FILE", help="views of both, the shape above, a .png, or a turning .gif (default: beside the mesh)")
     add_running(parser, "points and drawing")
 
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decoder", choices=("dense", "hierarchical", "flash"), help="where the field is evaluated (default: the model's)")
     add("--head", choices=("base", "slim"), help="which head evaluates it (default: the model's)")
     add("--max-faces", type=positive, metavar="N", help="budget of each mesh (default: as many as come)")
-    add("--preview", type=Path, metavar="FILE", help="turntable, a row each, a .png (default: beside the mesh)")
+    add("--preview", type=Path, metavar="FILE", help="turntable, a row each, a .png, or a turning .gif (default: beside the mesh)")
     add_sampling(parser, "shape")
     add_json(parser)
 

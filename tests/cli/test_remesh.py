@@ -53,7 +53,7 @@ def test_points_and_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["{ball}", "--out", "shape.xyz"], "--out must end in .glb"),
         (["{ball}", "--out", "nowhere/shape.glb"], "there is no folder"),
         (["missing.obj"], "there is no shape at 'missing.obj'"),
-        (["{ball}", "--preview", "x.gif"], "--preview must end in .png"),
+        (["{ball}", "--preview", "x.jpg"], "--preview must end in .png or .gif"),
         (["{ball}", "--model", "genkit/meshany"], "unknown model"),
         (["{ball}", "--shell-depth", "2"], "4..10, got 2"),
         (["{ball}", "--temperature", "0"], "temperature must be above 0"),

@@ -61,7 +61,7 @@ def test_views_make_one_shape(model: str, chest: str, tmp_path: Path, capsys: py
         ([" "], "the prompt is empty"),
         (["{chest}", "{chest}", "--views", "front"], "--views names 1 sides"),
         (["a chair"], "takes pictures, not text"),
-        (["{chest}", "--preview", "strip.jpg"], "--preview must end in .png"),
+        (["{chest}", "--preview", "strip.jpg"], "--preview must end in .png or .gif"),
         (["{text}"], "cannot be read as a picture"),
     ],
 )

@@ -109,11 +109,13 @@ def test_the_command_writes_mesh_and_preview(pipe: Any, tmp_path: Path, capsys: 
     assert len(mesh.faces) == record["faces"]
     preview = np.asarray(Image.open(record["preview"]))
     assert preview.shape[1] > 8 * 160 and (preview[:160] != 255).any() and (preview[-160:] != 255).any()
-    assert main([*words, "--max-faces", "50", "--no-metrics"]) == 0
+    assert main([*words, "--max-faces", "50", "--no-metrics", "--preview", str(tmp_path / "turn.gif")]) == 0
     assert "closed" in capsys.readouterr().out
+    with Image.open(tmp_path / "turn.gif") as turning:
+        assert turning.n_frames == 32 and turning.width > 2 * 160  # type: ignore[attr-defined]
     for extra, message in (
         (["--out", "x.txt"], "--out must end in"),
-        (["--preview", "x.gif"], "--preview must end in .png"),
+        (["--preview", "x.jpg"], "--preview must end in .png or .gif"),
         (["--resolution", "3"], "octree_resolution must lie in"),
         (["--model", "genkit/enat-lowpoly"], "reconstructs no meshes"),
     ):
