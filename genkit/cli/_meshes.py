@@ -52,7 +52,7 @@ def check_files(out: Path, preview: Path | None, models: list[str], source: Path
 
 
 def write_preview(path: Path, meshes: list[Any], wireframe: bool = False) -> None:
-    """Write views of meshes, of the last one with its edges if asked: a .png strip, a row each, or a .gif in which they turn side by side."""
+    """Write views of meshes, of the last one with its edges if asked: a .png, a row each, or a .gif in which they turn side by side."""
     from genkit.cli._pictures import grid, save_png
     from genkit.data.rendering import turntable
 
