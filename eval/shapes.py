@@ -18,27 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from _mesh_tables import cell, sheet, spread
+from _mesh_tables import cell, named_options, sheet, spread
 
 from genkit import GenPipeline
 from genkit.data.surfaces import normalised
 from genkit.eval.solids import METRICS, Solid
 
 COLUMNS = {"volume IoU": "volume-iou", "surface IoU": "surface-iou", "Chamfer": "chamfer-l1-sum", "F-score": "fscore@0.02"}
-
-
-def parse_decoder(text: str) -> tuple[str, dict[str, Any]]:
-    """Return a decoder's name and options, of "flash" or "flash:head=slim,selection=mass".
-
-    Raises:
-        SystemExit: for options without a value.
-    """
-    name, _, rest = text.partition(":")
-    pairs = [part.partition("=") for part in rest.split(",") if part]
-    if any(not equals for _, equals, _ in pairs):
-        raise SystemExit(f"--decoders {text}: options are written name:option=value,option=value.")
-    return name, {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 @dataclass
@@ -65,7 +51,7 @@ def measure(
         truth = Solid.of(centred, count, seed)
         first: Solid | None = None
         for label, pipe, decoder in ways:
-            name, options = parse_decoder(decoder)
+            name, options = named_options("--decoders", decoder)
             head = options.pop("head", None)
             began = time.perf_counter()
             output = pipe(centred, octree_resolution=resolution, decoder=name, head=head, decoder_options=options, generator=[seed])
