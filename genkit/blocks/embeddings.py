@@ -55,6 +55,23 @@ def sincos_1d(length: int, dim: int, dtype: torch.dtype = torch.float32) -> Tens
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
 
 
+def point_sincos(pos: Tensor, dim: int, base: float = 10000.0) -> Tensor:
+    """Return sines and cosines in turn of coordinates, axis after axis, zeros behind: [..., n, d] of points [..., n, axes], fp32.
+
+    Of the L = 2 (d // (2 axes)) numbers of an axis, numbers 2 i and 2 i + 1 are sine and cosine of pos * base^(-2 i / L).
+
+    Args:
+        pos: coordinates.
+        dim: d.
+        base: wavelength base.
+    """
+    pairs = dim // (2 * pos.shape[-1])
+    frequencies = base ** (-torch.arange(pairs, device=pos.device, dtype=torch.float32) / max(pairs, 1))
+    angles = pos.float()[..., None] * frequencies
+    found = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-3)
+    return F.pad(found, (0, dim - found.shape[-1]))
+
+
 def rotary(pos: Tensor, width: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotation angles, for `rotate`.
 

@@ -6,7 +6,7 @@ Letters: o outputs, i inputs of a layer.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def fold_batch_norms(module: M) -> M:
     """Return a copy, in evaluation mode, whose batch norms lie in the layers in front of them, or behind them in front of an MLP.
 
     Args:
-        module: blocks of `genkit.blocks` and what holds them. Norms that stand elsewhere stay.
+        module: blocks of `genkit.blocks` and what holds them. Norms that stand elsewhere stay, unless their module has a `fold_norms`.
     """
     folded = copy.deepcopy(module).eval()
     with torch.no_grad():
@@ -43,12 +43,19 @@ def fold_batch_norms(module: M) -> M:
                     _replace(layer, factor.view(-1, *[1] * (layer.weight.ndim - 1)) * layer.weight.double(), factor, offset)
                     setattr(part, norm_name, nn.Identity())
             if isinstance(part, Branch) and isinstance(part.norm, BatchNorm) and part.residual == "pre" and isinstance(part.f, MLP):
-                factor, offset = factor_and_offset(part.norm)
                 for layer in filter(None, (part.f.fc1, part.f.gate)):
-                    weight = layer.weight.double()
-                    _replace(layer, weight * factor, torch.ones((), dtype=torch.float64), weight @ offset)
+                    fold_into(layer, *factor_and_offset(part.norm))
                 part.norm = nn.Identity()
+            if hasattr(part, "fold_norms"):
+                cast(Any, part).fold_norms()
     return folded
+
+
+@torch.no_grad()
+def fold_into(layer: nn.Linear, factor: Tensor, offset: Tensor) -> None:
+    """Make a linear map take x for what was factor * x + offset, both [d]."""
+    weight = layer.weight.double()
+    _replace(layer, weight * factor, torch.ones((), dtype=torch.float64), weight @ offset)
 
 
 def _replace(layer: nn.Linear | nn.Conv2d, weight: Tensor, factor: Tensor, offset: Tensor) -> None:

@@ -18,6 +18,7 @@ from genkit.blocks import (  # noqa: F401  (their import enters the mixers in MI
     cga,
     conv,
     graph,
+    group,
     latent,
     linear,
     mlp,

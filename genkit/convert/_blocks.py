@@ -16,7 +16,9 @@ from genkit.blocks.adapter import add_adapters
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.conv import ConvConfig
 from genkit.blocks.embeddings import ConvPositions
+from genkit.blocks.fca import FcaBlock
 from genkit.blocks.mlp import MLP, MLPConfig
+from genkit.blocks.next_vit import NextViTBlock
 from genkit.blocks.window import WindowConfig
 from genkit.convert.base import ConversionReport, Drop, KeyTable, Row, halves, joined, split_qkv
 
@@ -118,6 +120,20 @@ NCB = KeyTable("next_vit", [
     *(_as_linear(f"mlp.conv{i}", f"branches.1.f.fc{i}") for i in (1, 2)),
     *(Row(f"mlp.conv{i}.bias", f"branches.1.f.fc{i}.bias") for i in (1, 2)),
 ])  # fmt: skip
+NTB = KeyTable("next_vit", [
+    *(row for official, ours in (("patch_embed", "embed"), ("projection", "narrow")) for row in (
+        _as_linear(f"{official}.conv", f"{ours}.proj"), Row(f"{official}.norm.{{rest}}", f"{ours}.norm.{{rest}}"),
+    )),
+    Row("norm1.{rest}", "attention.norm.{rest}"),
+    Row("e_mhsa.norm.{rest}", "attention.f.norm.{rest}"),
+    Row("e_mhsa.{rest}", "attention.f.{rest}"),
+    Row("mhca.group_conv3x3.weight", "conv.f.filters.weight"),
+    Row("mhca.norm.{rest}", "conv.f.norm.{rest}"),
+    _as_linear("mhca.projection", "conv.f.proj"),
+    Row("norm2.{rest}", "mlp.norm.{rest}"),
+    *(_as_linear(f"mlp.conv{i}", f"mlp.f.fc{i}") for i in (1, 2)),
+    *(Row(f"mlp.conv{i}.bias", f"mlp.f.fc{i}.bias") for i in (1, 2)),
+])  # fmt: skip
 CVT = KeyTable("cvt", [
     *(Row(f"attn.conv_proj_{c}.conv.weight", f"branches.0.f.{c}_conv.filters.weight") for c in "qkv"),
     *(Row(f"attn.conv_proj_{c}.bn.{{rest}}", f"branches.0.f.{c}_conv.norm.{{rest}}") for c in "qkv"),
@@ -174,6 +190,14 @@ ADAPTFORMER = KeyTable("adaptformer", [
 ])  # fmt: skip
 MATFORMER = KeyTable("matformer", [
     Row("gate_proj.weight", "gate.weight"), Row("up_proj.weight", "fc1.weight"), Row("down_proj.weight", "fc2.weight"),
+])  # fmt: skip
+FLATFORMER = KeyTable("flatformer", [
+    Row(("block.{i}.attn.attn.in_proj_weight",), ("{i}.branches.0.f.q.weight", "{i}.branches.0.f.kv.weight"), split_qkv, joined),
+    Row(("block.{i}.attn.attn.in_proj_bias",), ("{i}.branches.0.f.q.bias", "{i}.branches.0.f.kv.bias"), split_qkv, joined),
+    Row("block.{i}.attn.attn.out_proj.{p}", "{i}.branches.0.f.proj.{p}"),
+    Row("block.{i}.norm1.{p}", "{i}.branches.0.norm.{p}"),
+    Row("block.{i}.norm2.{p}", "{i}.branches.1.norm.{p}"),
+    *(Row(f"block.{{i}}.fc{j}.{{p}}", f"{{i}}.branches.1.f.fc{j}.{{p}}") for j in (1, 2)),
 ])  # fmt: skip
 
 
@@ -323,6 +347,25 @@ def next_vit_conv_block(state: Mapping[str, Tensor]) -> tuple[Block, ConversionR
     return _fill(Block(branches, dim), NCB, state)
 
 
+def next_vit_transformer_block(
+    state: Mapping[str, Tensor], *, in_dim: int, head_dim: int, r: int = 1, stride: int = 1
+) -> tuple[NextViTBlock, ConversionReport]:
+    """Return Next-ViT's transformer block (NTB).
+
+    Args:
+        state: official tensors by key.
+        in_dim: width of the tokens.
+        head_dim: width of a head.
+        r: keys are means of runs of r * r tokens.
+        stride: 2 halves the sides of the grid.
+    """
+    dim, attention_dim, hidden = len(state["norm2.weight"]), len(state["norm1.weight"]), len(state["mlp.conv1.weight"])
+    block = NextViTBlock(in_dim, dim, attention_dim=attention_dim, head_dim=head_dim, r=r, stride=stride, hidden=hidden)
+    ours, report = NTB.to_ours(state, block.state_dict())
+    block.load_state_dict(ours)
+    return block.eval(), report
+
+
 def cvt_block(state: Mapping[str, Tensor], *, heads: int, stride_kv: int = 2, act: str = "quick_gelu") -> tuple[Block, ConversionReport]:
     """Return CvT's block that keeps the width: attention behind convolutions or, for keys and values, means; an MLP.
 
@@ -442,3 +485,61 @@ def matformer_mlp(
     ours, report = MATFORMER.to_ours(state, mlp.state_dict())
     mlp.load_state_dict(ours)
     return mlp.eval(), report
+
+
+def _fca(sides: tuple[int, int]) -> KeyTable:
+    """The table of FcaFormer's block on a grid."""
+    return KeyTable("fcaformer", [
+        Row(("qkv.{p}",), ("q.{p}", "kv.{p}"), split_qkv, joined),
+        Row("proj.{p}", "proj.{p}"),
+        Row("attention_biases", "bias_table.table", lambda flat: flat.unflatten(1, sides), lambda table: table.flatten(1)),
+        Row("gamma_1", "gain"), Row("gamma_2", "mlp.layer_scale"),
+        Row("s_scale_factors", "context_scale"), Row("s_token_bias", "context_bias"), Row("s_norm.{p}", "context_norm.{p}"),
+        Row("dw_conv.weight", "summary.weight"),
+        *_conv_norm("local_conv", "conv.f.filters", "conv.f.norm", is_linear=False),
+        Row("norm1.{p}", "norm.{p}"), Row("norm2.{p}", "mlp.norm.0.{p}"), Row("mlp.norm.{p}", "mlp.norm.1.{p}"),
+        *(Row(f"mlp.fc{i}.{{p}}", f"mlp.f.fc{i}.{{p}}") for i in (1, 2)),
+    ])  # fmt: skip
+
+
+def fca_block(state: Mapping[str, Tensor], *, heads: int, grid: tuple[int, int]) -> tuple[FcaBlock, KeyTable, ConversionReport]:
+    """Return FcaFormer's block and the names of its weights.
+
+    Args:
+        state: official tensors by key.
+        heads: of the attention.
+        grid: (h, w) that the block is made for.
+    """
+    hidden, dim = state["mlp.fc1.weight"].shape
+    summaries = state["s_scale_factors"].shape[1] if "s_scale_factors" in state else 0
+    block = FcaBlock(dim, heads, grid, summaries, hidden, "dw_conv.weight" in state)
+    table = _fca(grid)
+    ours, report = table.to_ours(state, block.state_dict())
+    block.load_state_dict(ours)
+    return block.eval(), table, report
+
+
+def flatformer_block(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int,
+    group_size: int,
+    window: tuple[float, float],
+    pos_scale: tuple[float, float] = (1, 1),
+    act: str = "gelu",
+) -> tuple[nn.ModuleList, ConversionReport]:
+    """Return FlatFormer's four blocks: groups along x and y, each also with windows that begin half a window earlier, and an MLP each.
+
+    Args:
+        state: official tensors by key.
+        heads, group_size, window: of the groups; coordinates are (x, y).
+        pos_scale: of the coordinates in the sines.
+        act: of the MLPs.
+    """
+    hidden, dim = state["block.0.fc1.weight"].shape
+    group = f"group(heads={heads}, size={group_size}, order='snake', window={tuple(window)}, pos='sincos', pos_scale={tuple(pos_scale)}"
+    layers = [f"{group}, axis={axis}, shift={shift}) + mlp(hidden={hidden}, act={act!r})" for axis in (0, 1) for shift in (False, True)]
+    blocks = stack.build(", ".join(layers), dim, residual="post")
+    ours, report = FLATFORMER.to_ours(state, blocks.state_dict())
+    blocks.load_state_dict(ours)
+    return blocks.eval(), report

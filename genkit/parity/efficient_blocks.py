@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -10,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.blocks.embeddings import point_sincos
 from genkit.blocks.folding import fold_batch_norms
+from genkit.blocks.group import group_places
 from genkit.blocks.layout import Layout
 from genkit.blocks.retention import Retention, decays
 from genkit.convert import _blocks
 from genkit.convert.base import KeyTable
 from genkit.parity.base import Case, keep
 
+LAYERS = ("x", "x_shift", "y", "y_shift")
 SUBMODELS = ("s", "m", "l", "xl")
 
 
@@ -162,6 +166,30 @@ def nextvit_ncb(case: Case) -> dict[str, Tensor]:
     return results | _stored(case, {"mid.patch_embed": case.inputs["x"]})
 
 
+def nextvit_ntb(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/nextvit_ntb: Next-ViT's transformer block."""
+    config, x = case.config, case.inputs["x"]
+    sizes = {name: config[name] for name in ("head_dim", "stride")}
+    block, _ = _blocks.next_vit_transformer_block(case.weights(), in_dim=config["in_channels"], r=config["sr_ratio"], **sizes)
+    attention, grid = cast(Any, block.attention.f), (math.ceil(x.shape[2] / config["stride"]), math.ceil(x.shape[3] / config["stride"]))
+    pooled: dict[str, Tensor] = {}
+    watched = {"e_mhsa": attention, "mhca": block.conv.f, "mlp": block.mlp.f}
+    hooks = [block.embed.register_forward_hook(lambda module, args, output: pooled.update({"mid.patch_embed": output[0]}))]
+    if config["sr_ratio"] > 1:
+        hooks.append(attention.norm.register_forward_hook(lambda module, args, output: pooled.update({"mid.e_mhsa.sr": args[0]})))
+    with torch.no_grad():
+        block(_tokens(x), layout=Layout(grid=(x.shape[2], x.shape[3])))
+    for hook in hooks:
+        hook.remove()
+    layout = Layout(grid=(x.shape[2], x.shape[3]))
+    results = _run(case, block, _blocks.NTB, _tokens(x), layout, watched, grad=_tokens(case.inputs["grad_out"])) | pooled
+    sides = {name: grid for name, value in results.items() if value.ndim == 3 and "e_mhsa" not in name} | {"grad_in.x": x.shape[2:]}
+    maps = {name: results[name].transpose(1, 2).unflatten(2, side) for name, side in sides.items()}
+    if "mid.e_mhsa.sr" in pooled:
+        maps["mid.e_mhsa.sr"] = pooled["mid.e_mhsa.sr"].transpose(1, 2)
+    return _stored(case, results | maps)
+
+
 def svga_block(case: Case) -> dict[str, Tensor]:
     """Kind efficient_blocks/svga_block: MobileViG."""
     block, _ = _blocks.mobile_vig_block(case.weights(), k=case.config["K"])
@@ -287,3 +315,61 @@ def matformer_ffn(case: Case) -> dict[str, Tensor]:
         results |= {f"{name}.{key}": value for key, value in _gradients(released, _blocks.MATFORMER).items()}
         results |= {f"{name}.out_swiglu": conventional(x, width=width), f"{name}.out_gelu_mlp": plain(x, width=width)}
     return _stored(case, results)
+
+
+def fca_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/fca_block: FcaFormer, with summaries of earlier blocks from the second of a stage on."""
+    config = case.config
+    h, w = config["input_resolution"]
+    block, table, _ = _blocks.fca_block(case.weights(), heads=config["num_heads"], grid=(h, w))
+    block = block.to(case.device).requires_grad_(True)
+    start, results = copy.deepcopy(block), dict[str, Tensor]()
+    given = {name: case.inputs[name].detach().requires_grad_(True) for name in ("x", "s") if name in case.inputs}
+    hooks = [part.register_forward_hook(keep(results, f"mid.{name}")) for name, part in (("local_conv", block.conv), ("mlp", block.mlp.f))]
+    results["out"], summary = block(given["x"], given.get("s"))
+    for hook in hooks:
+        hook.remove()
+    (results["out"] * case.inputs["grad_out"]).sum().backward()
+    results |= _gradients(block, table) | {f"grad_in.{name}": cast(Tensor, value.grad) for name, value in given.items()}
+    if summary is not None:
+        results["cross_tokens"] = summary
+    results["mid.local_conv"] = results["mid.local_conv"].transpose(1, 2).unflatten(2, (h, w))
+    results["train_out"] = start.train()(given["x"], given.get("s"))[0]
+    results |= {f"train_buf.{key}": value for key, value in table.to_official(start.state_dict()).items()}
+    return _stored(case, results)
+
+
+def flatformer_block(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/flatformer_block: four layers of groups on samples of different sizes, one after the other."""
+    config = case.config
+    sides, window = config["sparse_shape"][:2], tuple(config["window_shape"][:2])
+    scale = tuple(2 * 3.1415 / side for side in sides) if config["normalize_pos"] else (1, 1)
+    sizes = {"heads": config["num_heads"], "group_size": config["group_size"], "act": config["activation"]}
+    blocks, _ = _blocks.flatformer_block(case.weights(), window=window, pos_scale=scale, **sizes)
+    blocks = blocks.to(case.device).requires_grad_(True)
+    x, coords = case.inputs["x"].detach().requires_grad_(True), case.inputs["coords"]
+    _, counts = torch.unique_consecutive(coords[:, 0], return_counts=True)
+    found: dict[str, list[Tensor]] = {}
+    first = windows = 0
+    for rows, places in zip(x.split(counts.tolist()), coords.split(counts.tolist()), strict=True):
+        layout, tokens = Layout(pos=places[None, :, [3, 2]].float()), rows[None]
+        groups = group_places(len(rows), config["group_size"], x.device)
+        kept: dict[str, Tensor] = {
+            "map.flat2win": groups.flatten() + first,
+            "map.win2flat": torch.arange(len(rows), device=x.device) + windows,
+        }
+        for i, block in enumerate(cast(Sequence[Any], blocks)):
+            attention, mlp = block.branches
+            order = attention.f.order(layout, len(rows), x.device)
+            kept[f"map.{LAYERS[i]}"] = order[0] + first
+            inside = tokens[0][order[0][groups]]
+            kept[f"mid.block.{i}"] = mlp(attention.norm(inside + attention.f.in_groups(tokens, order, layout)[0])).flatten(0, 1)
+            tokens = block(tokens, layout=layout)
+        scaled = places[:, [3, 2]].float() * torch.tensor(scale, device=x.device)
+        kept |= {"out": tokens[0], "pe": point_sincos(scaled, x.shape[1])}
+        for name, part in kept.items():
+            found.setdefault(name, []).append(part)
+        first, windows = first + len(rows), windows + groups.numel()
+    results = {name: torch.cat(parts) for name, parts in found.items()}
+    (results["out"] * case.inputs["grad_out"]).sum().backward()
+    return _stored(case, results | _gradients(blocks, _blocks.FLATFORMER) | {"grad_in.x": cast(Tensor, x.grad)})

@@ -14,12 +14,15 @@ from genkit.blocks import stack
 from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.cga import CGAConfig
 from genkit.blocks.conv import ConvConfig, to_map, to_tokens
+from genkit.blocks.fca import FcaBlock
 from genkit.blocks.folding import fold_batch_norms
 from genkit.blocks.graph import relative
+from genkit.blocks.group import GroupConfig, group_places, morton_order, snake_order
 from genkit.blocks.latent import LatentConfig
 from genkit.blocks.layout import Layout
 from genkit.blocks.linear import LinearConfig
 from genkit.blocks.modulation_mixer import ModulationConfig
+from genkit.blocks.next_vit import NextViTBlock
 from genkit.blocks.reduced import ReducedConfig
 from genkit.blocks.retention import RetentionConfig, decays
 from genkit.blocks.scan import scan
@@ -364,3 +367,72 @@ def test_mixers_of_grids_name_what_they_need(text: str) -> None:
 def test_options_out_of_range_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stack.build(text, D, heads=HEADS)
+
+
+def test_groups_are_attention_of_each_group_and_one_group_is_attention() -> None:
+    x = tokens(11)
+    mixer, whole = built(GroupConfig(4)), built(GroupConfig(20))
+    plain = built(AttentionConfig())
+    for one in (mixer, whole):
+        one.load_state_dict(plain.state_dict())
+    assert_close(whole(x), plain(x), rtol=1e-5, atol=1e-6)
+    out = mixer(x)
+    assert group_places(11, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 7]]
+    assert_close(out[:, 4:8], plain(x[:, 4:8]), rtol=1e-5, atol=1e-6)
+    assert_close(out[:, 8:], plain(x[:, [8, 9, 10, 7]])[:, :3], rtol=1e-5, atol=1e-6)
+    assert mixer(x[:, :0]).shape == (3, 0, D)
+
+
+def test_snakes_run_to_and_fro_through_windows_of_each_sample() -> None:
+    grid = torch.tensor([[x, y] for y in range(4) for x in range(4)], dtype=torch.float32)
+    order = snake_order(grid, (2, 2))
+    path = [tuple(row) for row in grid[order].int().tolist()]
+    assert path[:4] == [(0, 0), (0, 1), (1, 1), (1, 0)] and path[8:10] == [(3, 2), (3, 3)], "the second row of windows runs back"
+    turned = grid[snake_order(grid, (2, 2), axis=1)].flip(-1)
+    assert torch.equal(turned, grid[order]), "along the other axis it is the same with the axes exchanged"
+    assert grid[snake_order(grid, (2, 2), shift=True)][:1].tolist() == [[0, 0]] and not torch.equal(
+        snake_order(grid, (2, 2), shift=True), order
+    )
+    both = torch.stack([grid, grid.flip(0)])
+    assert torch.equal(both[0][snake_order(both, (2, 2))[0]], both[1][snake_order(both, (2, 2))[1]])
+    same = torch.zeros(5, 2)
+    assert snake_order(same, (2, 2)).tolist() == [0, 1, 2, 3, 4], "points at one place keep their order"
+
+
+def test_morton_order_halves_the_space_again_and_again() -> None:
+    grid = torch.cartesian_prod(*[torch.arange(4.0)] * 3)
+    path = grid[morton_order(grid + 7.5, (1, 1))]
+    assert path[:4].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]]
+    for size in (8, 32):
+        for part in path.split(size):
+            assert float((part.amax(0) - part.amin(0)).prod()) <= (1 if size == 8 else 9)
+
+
+@pytest.mark.parametrize("options", [{"order": "snake", "window": (2, 2), "pos": "sincos"}, {"order": "morton", "window": (0.5, 0.5)}])
+def test_groups_by_place_do_not_depend_on_the_order_of_the_tokens(options: Any) -> None:
+    mixer, x = built(GroupConfig(4, **options)), tokens(11)
+    pos = torch.rand(3, 11, 2, generator=torch.Generator().manual_seed(2)) * 8
+    out, order = mixer(x, layout=Layout(pos=pos)), torch.randperm(11)
+    assert_close(mixer(x[:, order], layout=Layout(pos=pos[:, order])), out[:, order], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="need pos or a grid"):
+        mixer(x)
+
+
+def test_published_blocks_of_fixed_size_refuse_others() -> None:
+    block = FcaBlock(D, HEADS, (2, 3), 4, 16)
+    out, summary = block(tokens(6), tokens(4))
+    assert out.shape == (3, 6, D) and summary is not None and summary.shape == (3, 1, D)
+    for call, message in (
+        (lambda: block(tokens(7), tokens(4)), "must be"),
+        (lambda: block(tokens(6)), "context must be 4 summaries, got None"),
+        (lambda: block(tokens(6), tokens(3)), "must be"),
+        (lambda: FcaBlock(D, 3, (2, 3), 0, 16), "divisible by heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    last = FcaBlock(D, HEADS, (2, 3), 0, 16, summarises=False)
+    assert last(tokens(6))[1] is None
+    wide = NextViTBlock(D, 24, attention_dim=16, head_dim=8, r=2, stride=1, hidden=32).eval()
+    assert wide(tokens(15), layout=Layout(grid=(3, 5))).shape == (3, 15, 24)
+    with pytest.raises(ValueError, match="no prefix"):
+        wide(tokens(15), layout=Layout(grid=(2, 7), prefix=1))
