@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genkit.blocks.caches import StateCache
 from genkit.blocks.caps import Cache, Caps, Context, MixerConfig, TokenMixer, option, refuse_arguments, register
+from genkit.blocks.hash_attention import HashAttention
 from genkit.blocks.heads import head_count, join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.scan import scan
@@ -42,20 +43,26 @@ class LinearConfig(MixerConfig):
     """Options of linear attention.
 
     Args:
-        feature: "relu" (plus a small floor, so that no sum is 0) or "elu1" (elu + 1).
+        feature: "relu" (plus a small floor, so that no sum is 0), "elu1" (elu + 1), or "hash": binary codes of shared queries and keys, see
+            `HashAttention`, which its `fit_hash` fits.
         heads: number of heads; the model's default if None.
         causal: token i sees tokens up to i.
         chunk: tokens of a chunk of the causal form, for speed only.
         qkv_bias: biases of the query, key and value projections.
         out_bias: bias of the output projection.
+        bits, anchors: of "hash".
+        compat: "hash" as released: a token's own value where the kernel needs the sum of all.
     """
 
-    feature: str = option("relu", *FEATURES)
+    feature: str = option("relu", *FEATURES, "hash")
     heads: int | None = option(None, int, None)
     causal: bool = option(False, bool)
     chunk: int = option(64, int)
     qkv_bias: bool = option(True, bool)
     out_bias: bool = option(True, bool)
+    bits: int = option(16, int)
+    anchors: int = option(25, int)
+    compat: bool = option(False, bool)
 
     offers: ClassVar[Mapping[str, str]] = {"cache": "linear(causal=True)", "mask": "linear"}
 
@@ -63,15 +70,18 @@ class LinearConfig(MixerConfig):
         super().__post_init__()
         if self.chunk < 1:
             raise ValueError(f"linear: chunk must be positive, got {self.chunk}.")
+        if min(self.bits, self.anchors) < 1 or (self.feature == "hash" and self.causal):
+            raise ValueError(f"linear: bits and anchors must be positive, and 'hash' is never causal, got {self.bits} and {self.anchors}.")
 
     @property
     def caps(self) -> Caps:
         """A set operation, or a causal one that goes on from its sums."""
-        return Caps(set_op=not self.causal, causal=self.causal, cache=self.causal, mask=True)
+        return Caps(set_op=not self.causal, causal=self.causal, cache=self.causal, mask=self.feature != "hash")
 
-    def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> LinearAttention:
+    def build(self, dim: int, *, heads: int | None = None, context_dim: int | None = None) -> LinearAttention | HashAttention:
         """Build the module for width `dim`."""
-        return LinearAttention(dim, self, head_count("linear", self.heads, heads, dim))
+        chosen = head_count("linear", self.heads, heads, dim)
+        return HashAttention(dim, self, chosen) if self.feature == "hash" else LinearAttention(dim, self, chosen)
 
 
 class LinearAttention(TokenMixer):

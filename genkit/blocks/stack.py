@@ -15,6 +15,7 @@ from torch import nn
 from genkit.blocks import (  # noqa: F401  (their import enters the mixers in MIXERS)
     attention,
     axial,
+    axial_kernel,
     cga,
     conv,
     graph,

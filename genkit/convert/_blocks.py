@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from genkit.blocks import stack
 from genkit.blocks.adapter import add_adapters
+from genkit.blocks.axial_kernel import AxialKernelConfig
 from genkit.blocks.branch import Block, Branch
 from genkit.blocks.conv import ConvConfig
 from genkit.blocks.embeddings import ConvPositions
 from genkit.blocks.fca import FcaBlock
+from genkit.blocks.hash_attention import HashAttention
+from genkit.blocks.linear import LinearConfig
 from genkit.blocks.mlp import MLP, MLPConfig
 from genkit.blocks.next_vit import NextViTBlock
 from genkit.blocks.window import WindowConfig
@@ -190,6 +193,32 @@ ADAPTFORMER = KeyTable("adaptformer", [
 ])  # fmt: skip
 MATFORMER = KeyTable("matformer", [
     Row("gate_proj.weight", "gate.weight"), Row("up_proj.weight", "fc1.weight"), Row("down_proj.weight", "fc2.weight"),
+])  # fmt: skip
+AXES = "xyz"  # of the official code; here "fhw"
+
+
+def _factformer() -> KeyTable:
+    """The table of IFactFormer's attention; the reducers of its second and third axis stand behind a rearrangement."""
+    rows = [Row("in_norm.{p}", "norm.{p}"), Row("to_in.weight", "f.fc_in.weight"), Row("to_v.weight", "f.v.weight")]
+    for i, axis in enumerate(AXES):
+        official, ours = f"to_{axis}.{min(i, 1)}", f"f.kernels.{i}"
+        rows += [
+            Row(f"{official}.to_in.weight", f"{ours}.fc_in.weight"),
+            Row(f"{official}.out_ffn.norm.{{p}}", f"{ours}.norm.{{p}}"),
+            Row(f"{official}.out_ffn.fn.net.0.{{p}}", f"{ours}.fc1.{{p}}"),
+            Row(f"{official}.out_ffn.fn.net.3.{{p}}", f"{ours}.fc2.{{p}}"),
+            *(Row(f"low_rank_kernel_{axis}.to_{c}.weight", f"{ours}.{c}.weight") for c in "qk"),
+        ]
+    frequencies = [Drop(f"low_rank_kernel_{axis}.pos_emb.inv_freq", "follows from the width") for axis in AXES]
+    return KeyTable("factformer", [*rows, Row("to_out.2.weight", "f.fc1.weight"), Row("to_out.4.weight", "f.fc2.weight"), *frequencies])
+
+
+FACTFORMER = _factformer()
+ECOFORMER = KeyTable("ecoformer", [
+    Row("to_qk.{p}", "qk.{p}"), Row("to_v.{p}", "v.{p}"), Row("proj.{p}", "proj.{p}"),
+    Row("fast_attention.ksh.A", "hash.weight"), Row("fast_attention.ksh.anchor", "hash.anchors"),
+    Row("fast_attention.ksh.mvec", "hash.mean"),
+    Drop("fast_attention.projection_matrix", "never used"),
 ])  # fmt: skip
 FLATFORMER = KeyTable("flatformer", [
     Row(("block.{i}.attn.attn.in_proj_weight",), ("{i}.branches.0.f.q.weight", "{i}.branches.0.f.kv.weight"), split_qkv, joined),
@@ -485,6 +514,38 @@ def matformer_mlp(
     ours, report = MATFORMER.to_ours(state, mlp.state_dict())
     mlp.load_state_dict(ours)
     return mlp.eval(), report
+
+
+def factorized_attention(state: Mapping[str, Tensor], *, heads: int, key_mult: int, scale: float) -> tuple[Branch, ConversionReport]:
+    """Return IFactFormer's attention in three dimensions with the norm in front of it, without a residual.
+
+    Args:
+        state: official tensors by key.
+        heads, key_mult, scale: see `AxialKernelConfig`.
+    """
+    dim, width = state["to_v.weight"].shape[1], len(state["to_v.weight"])
+    mode = "parallel" if state["to_out.2.weight"].shape[1] == 3 * width else "chained"
+    sizes = {"head_dim": width // heads, "latent": len(state["to_x.0.out_ffn.fn.net.3.weight"])}
+    config = AxialKernelConfig("fhw", mode, key_mult=key_mult, heads=heads, scale=scale, **sizes)
+    branch = Branch(config.build(dim), dim, residual="none")
+    ours, report = FACTFORMER.to_ours(state, branch.state_dict())
+    branch.load_state_dict(ours)
+    return branch.eval(), report
+
+
+def ecoformer_attention(state: Mapping[str, Tensor], *, compat: bool = True) -> tuple[HashAttention, ConversionReport]:
+    """Return EcoFormer's attention on binary codes.
+
+    Args:
+        state: official tensors by key.
+        compat: as released, see `LinearConfig`.
+    """
+    (heads, bits, anchors), dim = state["fast_attention.ksh.A"].shape, len(state["to_v.weight"])
+    config = LinearConfig("hash", heads=heads, bits=bits, anchors=anchors, compat=compat)
+    mixer = HashAttention(dim, config, heads)
+    ours, report = ECOFORMER.to_ours(state, mixer.state_dict())
+    mixer.load_state_dict(ours)
+    return mixer.eval(), report
 
 
 def _fca(sides: tuple[int, int]) -> KeyTable:

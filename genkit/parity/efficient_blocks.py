@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from genkit.blocks.embeddings import point_sincos
 from genkit.blocks.folding import fold_batch_norms
 from genkit.blocks.group import group_places
+from genkit.blocks.heads import split_heads
 from genkit.blocks.layout import Layout
 from genkit.blocks.retention import Retention, decays
 from genkit.convert import _blocks
@@ -315,6 +316,39 @@ def matformer_ffn(case: Case) -> dict[str, Tensor]:
         results |= {f"{name}.{key}": value for key, value in _gradients(released, _blocks.MATFORMER).items()}
         results |= {f"{name}.out_swiglu": conventional(x, width=width), f"{name}.out_gelu_mlp": plain(x, width=width)}
     return _stored(case, results)
+
+
+def ecoformer_attention(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/ecoformer_attention: as released, and the fitting of its hash function."""
+    mixer, _ = _blocks.ecoformer_attention(case.weights())
+    mixer = mixer.to(case.device).requires_grad_(True)
+    fitted, results = copy.deepcopy(mixer), dict[str, Tensor]()
+    hooks = [mixer.hash.register_forward_hook(keep(results, "code"))]
+    hooks.append(mixer.proj.register_forward_hook(lambda module, args, output: results.update(heads=args[0])))
+    x = case.inputs["x"].detach().requires_grad_(True)
+    results["out"] = mixer(x)
+    for hook in hooks:
+        hook.remove()
+    (results["out"] * case.inputs["grad_out"]).sum().backward()
+    results["mid.fast_attention"] = split_heads(results.pop("heads"), mixer.heads)
+    results |= _gradients(mixer, _blocks.ECOFORMER) | {"grad_in.x": cast(Tensor, x.grad)}
+    with torch.no_grad():
+        results["train.similarity"] = fitted.fit_hash(x, case.inputs["anchor_tokens"], case.config["topk"])
+        results["train.code"] = fitted.hash(fitted.queries(x))
+    parts = {"A": fitted.hash.weight, "anchor": fitted.hash.anchors, "mvec": fitted.hash.mean}
+    return _stored(case, results | {f"train.{name}": value for name, value in parts.items()})
+
+
+def factorized_attention3d(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/factorized_attention3d: IFactFormer, on a grid with coordinates of its own."""
+    config, grid = case.config, tuple(case.config["grid"])
+    sizes = {"heads": config["heads"], "key_mult": config["kernel_multiplier"], "scale": config["scaling_factor"]}
+    branch, _ = _blocks.factorized_attention(case.weights(), **sizes)
+    pos = torch.stack(torch.meshgrid(*(case.inputs[f"pos_{axis}"].flatten() for axis in _blocks.AXES), indexing="ij"), dim=-1)
+    layout = Layout(grid=grid, pos=pos.flatten(0, 2)[None])
+    x, grad = (case.inputs[name].flatten(1, 3) for name in ("x", "grad_out"))
+    results = _run(case, branch, _blocks.FACTFORMER, x, layout, {}, grad=grad)
+    return _stored(case, results | {name: results[name].unflatten(1, grid) for name in ("out", "grad_in.x")})
 
 
 def fca_block(case: Case) -> dict[str, Tensor]:

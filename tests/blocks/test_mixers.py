@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from genkit.blocks import stack
 from genkit.blocks.attention import AttentionConfig
+from genkit.blocks.axial_kernel import AxialKernelConfig
 from genkit.blocks.cga import CGAConfig
 from genkit.blocks.conv import ConvConfig, to_map, to_tokens
 from genkit.blocks.fca import FcaBlock
@@ -436,3 +437,60 @@ def test_published_blocks_of_fixed_size_refuse_others() -> None:
     assert wide(tokens(15), layout=Layout(grid=(3, 5))).shape == (3, 15, 24)
     with pytest.raises(ValueError, match="no prefix"):
         wide(tokens(15), layout=Layout(grid=(2, 7), prefix=1))
+
+
+def test_codes_agree_as_much_as_the_kernel_says_and_are_fitted_to_likeness() -> None:
+    mixer, x = built(LinearConfig("hash", bits=6, anchors=5)), tokens(12)
+    codes = mixer.hash(mixer.queries(x))
+    assert set(codes.unique().tolist()) == {-1.0, 1.0}
+    weight = codes @ codes.transpose(-2, -1) + 7
+    assert bool((weight > 0).all())
+    v = mixer.v(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    wanted = mixer.proj((weight / weight.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+    assert_close(mixer(x), wanted, rtol=1e-5, atol=1e-6)
+    own = built(LinearConfig("hash", bits=6, anchors=5, compat=True))
+    own.load_state_dict(mixer.state_dict())
+    assert not torch.allclose(own(x), wanted, atol=1e-3), "as released, a token's own value stands for the sum"
+
+    alike = mixer.fit_hash(x, torch.arange(5), extremes=3)
+    assert alike.sum() == 0 and (alike == 1).sum() == 3 * HEADS * 12 * 3
+    before, after = (float(((c @ c.transpose(-2, -1)) * alike).mean()) for c in (codes, mixer.hash(mixer.queries(x))))
+    assert after > before
+    with pytest.raises(ValueError, match="needs 5 anchors and at most 12 extremes, got 4 and 3"):
+        mixer.fit_hash(x, torch.arange(4), extremes=3)
+    with pytest.raises(ValueError, match="never causal"):
+        LinearConfig("hash", causal=True)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "chained"])
+def test_axial_kernels_act_along_each_axis(mode: str) -> None:
+    grid, mixer = (2, 3, 4), built(AxialKernelConfig("fhw", mode))
+    x, layout = tokens(24), Layout(grid=grid)
+    v = mixer.v(x).view(3, *grid, HEADS, -1)
+    means = mixer.fc_in(x).view(3, *grid, D)
+    found: list[Tensor] = []
+    for axis, (kernel, letters) in enumerate(
+        zip(mixer.kernels, ("bhij,bjyzhc->biyzhc", "bhij,bxjzhc->bxizhc", "bhij,bxyjhc->bxyihc"), strict=True)
+    ):
+        pos = (torch.arange(grid[axis]) / grid[axis])[None, :, None]
+        weights = kernel(means.mean([1 + i for i in range(3) if i != axis]), pos)
+        found.append(torch.einsum(letters, weights, v if mode == "parallel" or not found else found[-1]))
+    whole = torch.cat(found, dim=-1) if mode == "parallel" else found[-1]
+    flat = whole.flatten(4).flatten(1, 3)
+    normed = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    assert_close(mixer(x, layout=layout), mixer.fc2(F.gelu(mixer.fc1(normed))), rtol=1e-4, atol=1e-5)
+
+
+def test_axial_kernels_read_coordinates_and_not_the_resolution() -> None:
+    mixer, x = built(AxialKernelConfig(scale=1000)), tokens(6)  # so large that the norm is one
+    pos = torch.cartesian_prod(torch.arange(2) / 2, torch.arange(3) / 3)[None]
+    out = mixer(x, layout=Layout(grid=(2, 3)))
+    assert_close(mixer(x, layout=Layout(grid=(2, 3), pos=pos)), out)
+    assert not torch.allclose(mixer(x, layout=Layout(grid=(2, 3), pos=2 * pos)), out, atol=1e-3)
+    finer = x.view(3, 2, 3, D).repeat_interleave(2, dim=1).flatten(1, 2)
+    places = torch.cartesian_prod(torch.tensor([0.0, 0.0, 0.5, 0.5]), torch.arange(3) / 3)[None]
+    assert_close(mixer(finer, layout=Layout(grid=(4, 3), pos=places))[:, :3], out[:, :3], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="needs a grid of the axes h, w"):
+        mixer(x, layout=Layout(grid=(1, 2, 3)))
+    with pytest.raises(ValueError, match="must be even"):
+        AxialKernelConfig(head_dim=3, key_mult=1).build(D, heads=HEADS)
