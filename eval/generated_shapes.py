@@ -54,11 +54,6 @@ class Judge:
         return statistics_of(torch.cat([self.pictures(pictures) for pictures in grey]), f"efficientnet-lite0 at {SIZE} px")
 
 
-def prompt_of(views: ViewDataset, number: int, view: int) -> Image.Image:
-    """Return a view of an object as a picture."""
-    return Image.fromarray(views.images_u8[views.views_of(number)[view]].transpose(1, 2, 0))
-
-
 class Lookup:
     """The training shape whose view is nearest to a picture.
 
@@ -70,7 +65,7 @@ class Lookup:
 
     def __init__(self, path: str, view: int, judge: Judge) -> None:
         self.items, self.judge, views = meshes_of(path), judge, ViewDataset(path, SIZE)
-        self.features = torch.cat([judge.pictures([prompt_of(views, number, view)]) for number in range(len(self.items))])
+        self.features = torch.cat([judge.pictures([views.picture(number, view)]) for number in range(len(self.items))])
 
     def __call__(self, picture: Image.Image) -> Any:
         """Return the mesh."""
@@ -92,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     judge, items, views = Judge(), meshes_of(args.data), ViewDataset(args.data, SIZE)
     numbers = np.unique(np.linspace(0, len(items) - 1, min(args.count, len(items))).round().astype(int)).tolist()
-    prompts = [prompt_of(views, number, args.view) for number in numbers]
+    prompts = [views.picture(number, args.view) for number in numbers]
     truths = [normalised(items[number][1]())[0] for number in numbers]
     solids = [Solid.of(mesh, args.points, number) for mesh, number in zip(truths, numbers, strict=True)]
     makers: dict[str, Any] = {}

@@ -235,6 +235,18 @@ class ViewDataset(Dataset[dict[str, Tensor]]):
         """Return the view indices of an object, in order of azimuth."""
         return range(int(self._first[object_index]), int(self._first[object_index + 1]))
 
+    def picture(self, object_index: int, view: int) -> Image.Image:
+        """Return view `view` of an object, 0 the front.
+
+        Raises:
+            IndexError: if there is no such object or view.
+        """
+        from PIL import Image
+
+        if not 0 <= object_index < self.num_objects or not 0 <= view < len(self.views_of(object_index)):
+            raise IndexError(f"there is no view {view} of object {object_index}; there are {self.num_objects} objects.")
+        return Image.fromarray(self.images_u8[self.views_of(object_index)[view]].transpose(1, 2, 0))
+
     def rows_of(self, views: Sequence[int] | None) -> list[int]:
         """Return the indices of the pictures that show one of some views, 0 the front; all if None.
 

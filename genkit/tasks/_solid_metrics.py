@@ -10,10 +10,13 @@ import numpy as np
 from genkit.checks import choose
 from genkit.data.shape_samples import meshes_of
 from genkit.data.surfaces import normalised
+from genkit.data.views import ViewDataset
 from genkit.eval.solids import METRICS, Solid
+from genkit.pipelines.shape import ShapePipeline
 from genkit.tokenizers.volume_decoders import NoSurfaceError
 from genkit.training.evaluation import EvaluationConfig
 
+VIEW = 2  # of a turntable of 16: what generated shapes are given
 RESOLUTION = 64  # cells of the grid a side, if `size` says nothing
 WITHOUT = "without-surface"
 
@@ -47,3 +50,21 @@ def solid_metrics(config: EvaluationConfig, make: Callable[[int, Any], Any]) -> 
             rows.append({name: 0.0 for name in METRICS if not name.startswith("chamfer")})
     found = {name: [row[name] for row in rows if name in row] for name in config.metrics}
     return {name: float(np.mean(values)) for name, values in found.items() if values} | {WITHOUT: without / len(chosen)}
+
+
+def generated_metrics(config: EvaluationConfig, pipe: ShapePipeline, image_size: int) -> dict[str, float]:
+    """Return the metrics of shapes made from a view of each mesh, or from its caption where the model takes no pictures.
+
+    Args:
+        config: `real` is a parquet file with views and meshes.
+        pipe: makes the shapes.
+        image_size: pictures are reduced to this side first.
+    """
+    views = ViewDataset(config.real, image_size)
+    pipe.set_progress_bar_config(disable=True)
+
+    def make(number: int, mesh: Any) -> Any:
+        prompt = views.captions[number] if pipe.image_encoder is None else views.picture(number, min(VIEW, len(views.views_of(number)) - 1))
+        return pipe(prompt, generator=[number], octree_resolution=config.size or RESOLUTION).meshes[0]
+
+    return solid_metrics(config, make)

@@ -33,6 +33,8 @@ from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.shape import ShapePipeline
 from genkit.schedulers.flow_matching import FlowMatchingScheduler, interpolate
 from genkit.tasks._shape_data import ConditionPictures, ShapeData, ShapeDataConfig, sample_slices
+from genkit.tasks._solid_metrics import check_solid_metrics, generated_metrics
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
@@ -271,6 +273,14 @@ class ShapeDistillTask(Task):
             own["head"] = "slim"
         steps = self.pipe.config["num_inference_steps"] if self.config.stage == "guidance" else self.config.num_inference_steps
         return ShapePipeline(**parts, **own, num_inference_steps=steps, guidance_scale=self.config.guidance_scale)
+
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Refuse metrics that shapes do not have."""
+        check_solid_metrics(config)
+
+    def evaluate(self, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+        """Make shapes of pictures with the averaged weights."""
+        return generated_metrics(config, self.pipeline(ctx.ema["student"]), self.config.image_size)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the pipeline of the averaged student."""

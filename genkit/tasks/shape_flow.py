@@ -30,7 +30,9 @@ from genkit.pipelines.shape import ShapePipeline
 from genkit.schedulers.flow_matching import FlowMatchingScheduler, interpolate, logit_normal_times
 from genkit.tasks._prompts import load_text
 from genkit.tasks._shape_data import ConditionPictures, ShapeData, ShapeDataConfig, open_vaes, sample_slices
+from genkit.tasks._solid_metrics import check_solid_metrics, generated_metrics
 from genkit.tokenizers.shape_vae import ShapeVAE
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.optimizers import adamw_or_muon
 from genkit.training.task import Phase, StepContext, Task
 
@@ -224,6 +226,14 @@ class ShapeFlowTask(Task):
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:
         """Return the batch's first pictures, if it has some, and front slices of the averaged weights' shapes, white inside."""
         return sample_slices(self.pipeline(ctx.ema["model"]), self.shape_data, batch, ctx)
+
+    def check_evaluation(self, config: EvaluationConfig) -> None:
+        """Refuse metrics that shapes do not have."""
+        check_solid_metrics(config)
+
+    def evaluate(self, config: EvaluationConfig, ctx: StepContext) -> dict[str, float]:
+        """Make shapes of pictures with the averaged weights."""
+        return generated_metrics(config, self.pipeline(ctx.ema["model"]), self.config.image_size)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the pipeline."""

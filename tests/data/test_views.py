@@ -20,6 +20,15 @@ def parquet(tmp_path: Path) -> Path:
     return write_views(tmp_path / "train.parquet", list(strips()))
 
 
+def test_views_as_pictures(tmp_path: Path) -> None:
+    data = ViewDataset(write_views(tmp_path / "a.parquet", [np.full((8, 16, 3), 10 * i, np.uint8) for i in range(2)]), 8)
+    picture = data.picture(1, 1)
+    assert picture.size == (8, 8) and picture.getpixel((0, 0)) == (10, 10, 10)
+    for place in ((2, 0), (0, 2), (-1, 0)):
+        with pytest.raises(IndexError, match="there are 2 objects"):
+            data.picture(*place)
+
+
 def test_views_are_the_squares_of_the_strip_in_order(parquet: Path, tmp_path: Path) -> None:
     data = ViewDataset(parquet, 8, cache=tmp_path / "cache")
     assert (len(data), data.num_objects, data.images_u8.shape) == (12, 3, (12, 3, 8, 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from genkit.pipelines.shape import ShapePipeline
 from genkit.tasks._shape_data import ConditionPictures, open_vaes, shapes_of
 from genkit.tasks.shape_flow import Config, ShapeFlowTask, TimesConfig, build
 from genkit.training.config import TrainConfig
+from genkit.training.evaluation import EvaluationConfig
 from genkit.training.loop import Trainer
 from genkit.training.task import StepContext
 from tests.data.toy import write_views
@@ -64,6 +66,18 @@ def test_a_run_ends_in_a_pipeline_and_resumes_exactly(optimizer: Any, data: dict
     output = one([picture, "a table"], generator=[1, 2], octree_resolution=24, decoder="dense")
     assert all(mesh.is_watertight for mesh in output.meshes)
     assert list((tmp_path / "a" / "samples").iterdir())
+
+
+def test_metrics_of_shapes_made_from_views_while_training(data: dict[str, str], tmp_path: Path) -> None:
+    evaluation = EvaluationConfig(data["data"], metrics=("volume-iou", "fscore@0.02"), num_samples=2, size=16)
+    config = TrainConfig(out=str(tmp_path / "run"), steps=2, batch_size=3, evaluate_every=2, evaluate=evaluation)
+    task = task_of(settings(data))
+    Trainer(task, config).run()
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = next(row for row in logged if "eval/volume-iou" in row)
+    assert 0 < found["eval/volume-iou"] < 1 and found["eval/without-surface"] == 0, "its VAE makes a ball of everything"
+    with pytest.raises(ValueError, match="unknown metric of shapes"):
+        task.check_evaluation(EvaluationConfig(data["data"], metrics=("fid",)))
 
 
 def test_the_loss_is_that_of_the_straight_path(data: dict[str, str]) -> None:
