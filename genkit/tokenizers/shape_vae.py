@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from genkit.blocks.attend import attend
 from genkit.blocks.attention import Attention, AttentionConfig
 from genkit.blocks.branch import Block, Branch
+from genkit.blocks.caps import Caps
 from genkit.blocks.fast_linear import with_fast_linear
 from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.norms import build_norm
+from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape
 from genkit.tokenizers.point_sampling import farthest_points
 
@@ -159,9 +161,10 @@ class ShapeVAE(ModelMixin, ConfigMixin):
         qkv_bias, qk_norm: of all attentions.
         head_downsample, head_mlp_ratio, head_ln_post: see `GeometryHead`; 2, 1, False is the slim head.
         scale_factor: generators see latents times this.
+        stack: stack string of `num_decoder_layers` blocks for the decoder in place of the published ones; mixers must be set operations.
 
     Raises:
-        ValueError: if sizes do not fit together.
+        ValueError: if sizes do not fit together, or a stack has another number of blocks or mixers that need an order.
 
     Example:
         >>> vae = ShapeVAE(num_latents=4, embed_dim=2, width=8, heads=2, num_decoder_layers=1).eval()
@@ -196,6 +199,7 @@ class ShapeVAE(ModelMixin, ConfigMixin):
         head_mlp_ratio: float = 4.0,
         head_ln_post: bool = True,
         scale_factor: float = 1.0,
+        stack: str | None = None,
     ) -> None:
         super().__init__()
         points, share = pc_size + pc_sharpedge_size, pc_size * num_latents
@@ -214,7 +218,12 @@ class ShapeVAE(ModelMixin, ConfigMixin):
             self.encoder = SurfaceEncoder(point_width + point_feats, width, cross, blocks, encoder_ln_post)
             self.pre_kl = nn.Linear(width, 2 * embed_dim)
         self.post_kl = nn.Linear(embed_dim, width)
-        self.blocks = nn.ModuleList(self_block(width, heads, qkv_bias, qk_norm) for _ in range(num_decoder_layers))
+        if stack is None:
+            self.blocks = nn.ModuleList(self_block(width, heads, qkv_bias, qk_norm) for _ in range(num_decoder_layers))
+        else:
+            self.blocks = build_stack(stack, width, heads=heads, norm="ln", eps=1e-6, needs=Caps(set_op=True))
+        if len(self.blocks) != num_decoder_layers:
+            raise ValueError(f"ShapeVAE: num_decoder_layers={num_decoder_layers}, got {len(self.blocks)} blocks in {stack!r}.")
         self.head = GeometryHead(width, heads, point_width, head_downsample, head_mlp_ratio, head_ln_post, qkv_bias, qk_norm)
         self.gradient_checkpointing = False
         self.init_weights()
@@ -224,8 +233,9 @@ class ShapeVAE(ModelMixin, ConfigMixin):
         """PyTorch's start values; the last map of every branch a quarter of that, so that deep stacks start near the identity."""
         for module in self.modules():
             if isinstance(module, Branch):
-                last: Any = module.f.proj if isinstance(module.f, Attention) else cast(Any, module.f).fc2
-                last.weight.mul_(0.25)
+                last: Any = getattr(module.f, "proj", None) or getattr(module.f, "fc2", None)
+                if isinstance(last, nn.Linear):
+                    last.weight.mul_(0.25)
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -49,6 +49,21 @@ def test_published_sizes_have_the_published_parameter_counts(options: dict[str, 
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+def test_a_stack_string_replaces_the_decoder_and_keeps_latents_a_set(tmp_path: Path) -> None:
+    model = build(stack="latent(m=3) + mlp(ratio=2), linear + mlp")
+    latents, points = torch.randn(1, 8, 4), torch.rand(1, 5, 3)
+    with torch.no_grad():
+        logits = model.query(points, model.decode(latents))
+        assert_close(model.query(points, model.decode(latents.flip(1))), logits, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again: Any = ShapeVAE.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again.query(points, again.decode(latents)), logits)
+    for stack, message in (("conv + mlp, attention + mlp", "set_op"), ("attention + mlp", "num_decoder_layers=2, got 1 blocks")):
+        with pytest.raises(ValueError, match=message):
+            build(stack=stack)
+
+
 def test_a_shape_does_not_depend_on_its_batch_and_points_are_alone() -> None:
     model, points = build(), torch.rand(2, 9, 3) * 2 - 1
     with torch.no_grad():
