@@ -5,9 +5,8 @@
 
 Volume IoU: inside or outside at points spread over the cube that holds the shape; surface IoU: at points near its surface. The truth is the
 field that the model is trained on (`genkit.data.mesh_fields`), which gives meshes that do not close an inside too. Chamfer distance (L1,
-both directions added) and F-score compare points on the surfaces; shapes span 2. Intervals are 95 %, bootstrap over shapes. `--sheet` shows
-originals above reconstructions by the first row of the table.
-
+both directions added) and F-score go from points on one surface to many more on the other; shapes span 2. Intervals are 95 %, bootstrap
+over shapes. `--sheet` shows originals above reconstructions by the first row of the table.
 """
 
 import argparse

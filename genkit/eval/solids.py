@@ -3,9 +3,10 @@
 The truth of inside and outside is the field that shape VAEs learn (`genkit.data.mesh_fields`), which gives open meshes an inside too.
 
 - volume IoU: at points spread over the cube [-1, 1]^3; surface IoU: at points near the true surface
-- Chamfer distance (L1, both directions added) and F-score between points on the surfaces
+- Chamfer distance (L1, both directions added) and F-score: from points on one surface to the nearest of many more on the other, so that
+  it is the shapes and not the spacing of points that decides the figures
 
-Letters: p points on a surface, q points of space.
+Letters: p points on a surface, m many more, q points of space.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from genkit.eval.shapes import PointDistances, occupancy_iou
 METRICS = ("volume-iou", "surface-iou", "chamfer-l1-sum", "fscore@0.02")
 NEAR = 0.02  # standard deviation of points near the surface
 THRESHOLD = 0.02  # of the F-score
+DENSE = 25
 
 
 def inside(mesh: Any, points: Tensor) -> Tensor:
@@ -41,34 +43,49 @@ def queries(surface: Tensor, count: int, seed: int) -> list[Tensor]:
     return [cube, near + NEAR * torch.randn(count, 3, generator=draw, dtype=torch.float64)]
 
 
+def _points(mesh: Any, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return `count` points on a mesh, and `DENSE` times as many."""
+    points, _ = sample(mesh, (DENSE + 1) * count, seed)
+    return points[:count], points[count:]
+
+
+def _nearest(points: Tensor, others: Tensor) -> Tensor:
+    """Return the distance [p] of points to the nearest of others [m, 3]."""
+    from scipy.spatial import cKDTree
+
+    return torch.from_numpy(cKDTree(others.numpy()).query(points.numpy())[0])
+
+
 @dataclass
 class Solid:
     """What a shape is compared by.
 
     Args:
         surface: points [p, 3] on it.
+        dense: points [m, 3] on it.
         at: points [q, 3] over the volume, and near the surface.
         inside: which of each lie inside, [q] bool.
     """
 
     surface: Tensor
+    dense: Tensor
     at: list[Tensor]
     inside: list[Tensor]
 
     @classmethod
     def of(cls, mesh: Any, count: int = 4000, seed: int = 0) -> Solid:
         """Sample an open or closed mesh that spans [-1, 1] (`genkit.data.surfaces.normalised`), `count` points of each kind."""
-        surface, _ = sample(mesh, count, seed)
+        surface, dense = _points(mesh, count, seed)
         at, field = queries(surface, count, seed), MeshField.of(mesh)
-        return cls(surface, at, [field(points) > 0 for points in at])
+        return cls(surface, dense, at, [field(points) > 0 for points in at])
 
     def of_closed(self, mesh: Any, seed: int = 1) -> Solid:
         """Sample a closed mesh at the same points of space."""
-        surface, _ = sample(mesh, len(self.surface), seed)
-        return Solid(surface, self.at, [inside(mesh, points) for points in self.at])
+        surface, dense = _points(mesh, len(self.surface), seed)
+        return Solid(surface, dense, self.at, [inside(mesh, points) for points in self.at])
 
     def compare(self, other: Solid) -> dict[str, float]:
         """Measure another shape, sampled at the same points, against this one: metric -> value."""
-        found = PointDistances.between(self.surface, other.surface)
+        found = PointDistances(_nearest(self.surface, other.dense), _nearest(other.surface, self.dense))
         ious = [occupancy_iou(*pair) for pair in zip(self.inside, other.inside, strict=True)]
         return dict(zip(METRICS, (*ious, found.chamfer(), found.fscore(THRESHOLD)[0]), strict=True))
