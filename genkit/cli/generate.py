@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=positive, metavar="PIXELS", help="width of a picture in the grid, resized without smoothing (default: as generated)")
     add("--image", type=Path, metavar="FILE", help="picture to repaint, with --mask")
     add("--mask", type=Path, metavar="FILE", help="black and white picture: white is painted anew, black is kept")
+    add("--lora", type=Path, metavar="FOLDER", help="low-rank change of the model, from a training with task_config.lora")
+    add("--lora-scale", type=float, default=1.0, metavar="S", help="how much of it (default: %(default)s)")
     add_sampling(parser, "picture")
     add_json(parser)
 
@@ -43,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     began = time.perf_counter()
     pipe = load_pipeline(args)
+    if args.lora is not None:
+        pipe.load_lora(args.lora, args.lora_scale)
     loaded = time.perf_counter()
     seeds = choose_seeds(args, len(args.prompt) * args.num_images)
     images = pipe(args.prompt, generator=seeds, **call_options(args, pipe)).images
@@ -71,6 +75,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--out must end in .png, got {str(args.out)!r}.")
         check_out_folder(args.out)
     check_model(args.model)
+    if args.lora is not None and not args.lora.is_dir():
+        raise FileNotFoundError(f"--lora: there is no folder {str(args.lora)!r}.")
 
 
 def call_options(args: argparse.Namespace, pipe: GenPipeline) -> dict[str, Any]:

@@ -120,6 +120,23 @@ class GenPipeline(DiffusionPipeline):
             if shared:
                 _name_shared(folder, shared)
 
+    def load_lora(self, path: str | Path, scale: float = 1.0) -> None:
+        """Add a LoRA to the weights of the generator (`transformer`, else `unet`); open the model anew to be without it.
+
+        Args:
+            path: folder as a training with `lora` or peft writes it.
+            scale: factor of the change; negative ones lead away from it.
+
+        Raises:
+            FileNotFoundError: if it is no LoRA. ValueError: if it is for another model.
+        """
+        from genkit.blocks.lora import LoRAWeights
+
+        generator = getattr(self, "transformer", None) or getattr(self, "unet", None)
+        if generator is None:
+            raise ValueError(f"{type(self).__name__} has no generator that a LoRA could change.")
+        LoRAWeights.load(path).apply(generator, scale)
+
     def drain(
         self,
         states: Iterator[State],

@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from genkit.blocks.lora import TARGETS, LoRAWeights, add_lora, merged
 from genkit.data.images import ImageFolderDataset
 from genkit.data.tokens import TokenCache, TokenMeta, build_cache
 from genkit.data.views import ViewDataset
@@ -34,6 +35,15 @@ NUM_SAMPLES = 16
 
 
 @dataclass
+class LoRAConfig:
+    """A low-rank change that is trained in place of the weights, see `genkit.blocks.lora`."""
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = TARGETS
+
+
+@dataclass
 class CodeConfig:
     """Settings that tasks on codes share.
 
@@ -45,6 +55,7 @@ class CodeConfig:
         image_size: pictures are reduced to this side, in pixels.
         views: turntable views to learn from (0 is the front, then turning about the asset); all if null. Other data have no views.
         start: folder of a generator (`.../export/transformer`) whose weights the training starts from; null starts anew.
+        lora: train a low-rank change of `start` and leave its weights as they are; null trains all weights.
         prompts_per_picture: prompts encoded per view; a step draws one of them.
         null_probability: how often the condition is left out: the null class or the empty prompt.
         flip: also learn from mirrored pictures (class models only: prompts may name a side).
@@ -62,6 +73,7 @@ class CodeConfig:
     image_size: int = 64
     views: tuple[int, ...] | None = None
     start: str | None = None
+    lora: LoRAConfig | None = None
     prompts_per_picture: int = 8
     null_probability: float = 0.1
     flip: bool = False
@@ -80,6 +92,8 @@ class CodeConfig:
             raise ValueError(f"lr and prompts_per_picture must be above 0, got {self.lr} and {self.prompts_per_picture}.")
         if (self.text_encoder is None) != (self.tokenizer is None):
             raise ValueError(f"text needs text_encoder and tokenizer, got {self.text_encoder!r} and {self.tokenizer!r}; give both or none.")
+        if self.lora is not None and self.start is None:
+            raise ValueError("lora changes a trained generator: give its folder as start.")
         if self.flip and self.text_encoder is not None:
             raise ValueError("flip=true mirrors pictures whose prompts may name a side; leave it out for a text model.")
 
@@ -123,6 +137,10 @@ class CodeTask(Task):
             model = self.network(sizes)
         if config.start is not None:
             model.load_state_dict(cast(Any, type(model)).from_pretrained(config.start).state_dict())
+        if config.lora is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
         self.modules = {"transformer": model}
 
     @abstractmethod
@@ -174,7 +192,7 @@ class CodeTask(Task):
         settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
         if config.optimizer == "muon":
             return {"main": muon_with_adamw(*block_matrices(net), **settings)}
-        return {"main": torch.optim.AdamW(net.parameters(), **settings)}
+        return {"main": torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], **settings)}
 
     def condition(self, index: Tensor, ctx: StepContext) -> dict[str, Tensor]:
         """Return the condition of pictures index [b], as `prepare_condition` takes it; now and then the null one."""
@@ -206,9 +224,13 @@ class CodeTask(Task):
         return cast(Tensor, cast("ImageOutput", images).images)
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
-        """Write the pipeline: `out/transformer`, `out/vqvae`, and its other parts, each in a folder of its own."""
-        pipe = self.pipeline(modules["transformer"])
+        """Write the pipeline, its parts in folders of their own (`out/transformer`, `out/vqvae`, ...), and a LoRA alone too, `out/lora`."""
+        if self.config.lora is not None:
+            change = LoRAWeights.of(modules["transformer"], str(self.config.start))
+        pipe = self.pipeline(merged(modules["transformer"]))
         if self.config.export_dtype == "float16":
             halves = {name: copy.deepcopy(part).half() for name, part in pipe.components.items() if isinstance(part, nn.Module)}
             pipe.register_modules(**halves)
         pipe.save_pretrained(out)
+        if self.config.lora is not None:
+            change.save(out / "lora")

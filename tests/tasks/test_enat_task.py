@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from genkit.blocks.lora import LoRAWeights
 from genkit.conditioners.text import EncodedText, encode_text
 from genkit.data.tokens import TokenCache
 from genkit.generators.enat import ENATTransformer2DModel
+from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.outputs import ImageOutput
 from genkit.tasks import _prompts, enat
+from genkit.tasks._codes import LoRAConfig
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
 from genkit.tasks._prompts import build_prompt_table
 from genkit.tasks.text_encoder import train_tokenizer
@@ -274,3 +277,28 @@ def test_training_starts_from_given_weights(folders: Path, tmp_path: Path) -> No
     }
     second = enat.build(enat.Config(**settings, **names, model=model, prompts_per_picture=3, start=str(tmp_path / "transformer")))
     assert_close(second.modules["transformer"].state_dict(), first.modules["transformer"].state_dict(), rtol=0, atol=0)
+
+
+def test_a_lora_leaves_the_generator_as_it_is_and_is_applied_by_name(folders: Path, tmp_path: Path) -> None:
+    base = build(folders)
+    base.export({"transformer": base.modules["transformer"]}, tmp_path / "base")
+    options: dict[str, Any] = {"start": str(tmp_path / "base" / "transformer"), "lr": 0.05}
+    with pytest.raises(ValueError, match="give its folder as start"):
+        build(folders, lora=LoRAConfig())
+    model = enat.ModelConfig(hidden_size=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1)
+    settings: dict[str, Any] = {"image_size": 8, "cache": str(folders / "cache"), "model": model, "lora": LoRAConfig(rank=2), **options}
+    task = enat.build(enat.Config(vqvae=str(folders / "vqvae"), data=str(folders / "train.parquet"), **settings))
+    Trainer(task, TrainConfig(out=str(tmp_path / "run"), steps=6, batch_size=4, ema_decay=0.5)).run()
+    change, whole = LoRAWeights.load(tmp_path / "run" / "export" / "lora"), GenPipeline.from_pretrained(tmp_path / "run" / "export")
+    assert change.base_model == options["start"] and set(change.pairs) == {
+        f"blocks.{i}.branches.0.f.{name}" for i in range(2) for name in ("q", "kv", "context_kv", "proj")
+    }
+    pipe: Any = GenPipeline.from_pretrained(tmp_path / "base")
+    before = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    pipe.load_lora(tmp_path / "run" / "export" / "lora")
+    for name, value in cast(Any, whole).transformer.state_dict().items():
+        assert_close(pipe.transformer.state_dict()[name], value)
+        is_changed = not torch.equal(value, before[name])
+        assert is_changed == (name.removesuffix(".weight") in change.pairs)
+    with pytest.raises(FileNotFoundError, match="is no LoRA"):
+        pipe.load_lora(tmp_path)
