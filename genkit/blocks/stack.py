@@ -22,6 +22,8 @@ from genkit.blocks import (  # noqa: F401  (their import enters the mixers in MI
     group,
     latent,
     linear,
+    lmu,
+    memory,
     mlp,
     modulation_mixer,
     reduced,

@@ -20,6 +20,8 @@ from genkit.blocks.embeddings import ConvPositions
 from genkit.blocks.fca import FcaBlock
 from genkit.blocks.hash_attention import HashAttention
 from genkit.blocks.linear import LinearConfig
+from genkit.blocks.lmu import LegendreMemory, LMUConfig
+from genkit.blocks.memory import MemoryLayer
 from genkit.blocks.mlp import MLP, MLPConfig
 from genkit.blocks.next_vit import NextViTBlock
 from genkit.blocks.window import WindowConfig
@@ -214,6 +216,11 @@ def _factformer() -> KeyTable:
 
 
 FACTFORMER = _factformer()
+MEMORY = KeyTable("memoryformer", [Row("tables", "tables"), Row("bias", "bias"), Row("hash.projection.{p}", "projection.{p}")])
+LMU = KeyTable("lmuformer", [
+    Row("W_u.{p}", "u.{p}"), Row("W_h.{p}", "proj.{p}"), Row("A", "transition"),
+    Row("B", "entry", lambda column: column.flatten(), lambda column: column[:, None]), Drop("H", "follows from A and B"),
+])  # fmt: skip
 ECOFORMER = KeyTable("ecoformer", [
     Row("to_qk.{p}", "qk.{p}"), Row("to_v.{p}", "v.{p}"), Row("proj.{p}", "proj.{p}"),
     Row("fast_attention.ksh.A", "hash.weight"), Row("fast_attention.ksh.anchor", "hash.anchors"),
@@ -531,6 +538,39 @@ def factorized_attention(state: Mapping[str, Tensor], *, heads: int, key_mult: i
     ours, report = FACTFORMER.to_ours(state, branch.state_dict())
     branch.load_state_dict(ours)
     return branch.eval(), report
+
+
+def memory_layer(
+    state: Mapping[str, Tensor], *, in_features: int, bits: int, score: str = "released"
+) -> tuple[MemoryLayer, ConversionReport]:
+    """Return MemoryFormer's layer.
+
+    Args:
+        state: official tensors by key.
+        in_features: of the layer.
+        bits: of a code.
+        score: see `MemoryLayer`.
+    """
+    rows, out = state["tables"].shape
+    layer = MemoryLayer(in_features, out, bits, tables=rows >> bits, projected="hash.projection.weight" in state, score=score)
+    ours, report = MEMORY.to_ours(state, layer.state_dict())
+    layer.load_state_dict(ours)
+    return layer.eval(), report
+
+
+def legendre_memory(state: Mapping[str, Tensor], *, theta: float) -> tuple[LegendreMemory, ConversionReport]:
+    """Return LMUFormer's memory cell.
+
+    Args:
+        state: official tensors by key.
+        theta: length of the window, in tokens.
+    """
+    out, width = state["W_h.weight"].shape
+    dim = state["W_u.weight"].shape[1]
+    cell = LegendreMemory(dim, LMUConfig(memory=width - dim, theta=theta), out)
+    ours, report = LMU.to_ours(state, cell.state_dict())
+    cell.load_state_dict(ours)
+    return cell.eval(), report
 
 
 def ecoformer_attention(state: Mapping[str, Tensor], *, compat: bool = True) -> tuple[HashAttention, ConversionReport]:

@@ -351,6 +351,32 @@ def factorized_attention3d(case: Case) -> dict[str, Tensor]:
     return _stored(case, results | {name: results[name].unflatten(1, grid) for name in ("out", "grad_in.x")})
 
 
+def memory_layer(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/memory_layer: as released, and the paper's score."""
+    config, weights = case.config, case.weights()
+    sizes = {"in_features": config["hidden_size"], "bits": config["code_length"]}
+    layer, _ = _blocks.memory_layer(weights, **sizes)
+    layer = layer.to(case.device).requires_grad_(True)
+    x = case.inputs["x"].detach().requires_grad_(True)
+    out = layer(x)
+    (out * case.inputs["grad_out"]).sum().backward()
+    codes, score = layer.codes(x)
+    _, paper = _blocks.memory_layer(weights, **sizes, score="paper")[0].to(case.device).codes(x)
+    results = {"out": out, "code": codes.flatten(0, 1).int(), "score": score.flatten(0, 1), "score_paper": paper.flatten(0, 1)}
+    return _stored(case, results | _gradients(layer, _blocks.MEMORY) | {"grad_in.x": cast(Tensor, x.grad)})
+
+
+def lmu_cell(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/lmu_cell: LMUFormer's memory as a convolution and step by step."""
+    cell, _ = _blocks.legendre_memory(case.weights(), theta=case.config["theta"])
+    x = case.inputs["x"]
+    results = _run(case, cell, _blocks.LMU, x, None, {}, grad=case.inputs["grad_out"])
+    with torch.no_grad():
+        cache = cell.new_cache(len(x), x.shape[1], device=x.device, dtype=x.dtype)
+        results["recurrent"] = torch.cat([cell(token, cache=cache) for token in x.split(1, dim=1)], dim=1)
+    return _stored(case, results | {"recurrent_state": cache["state"]})
+
+
 def fca_block(case: Case) -> dict[str, Tensor]:
     """Kind efficient_blocks/fca_block: FcaFormer, with summaries of earlier blocks from the second of a stage on."""
     config = case.config

@@ -22,6 +22,8 @@ from genkit.blocks.group import GroupConfig, group_places, morton_order, snake_o
 from genkit.blocks.latent import LatentConfig
 from genkit.blocks.layout import Layout
 from genkit.blocks.linear import LinearConfig
+from genkit.blocks.lmu import LMUConfig, legendre_system
+from genkit.blocks.memory import MemoryLayer
 from genkit.blocks.modulation_mixer import ModulationConfig
 from genkit.blocks.next_vit import NextViTBlock
 from genkit.blocks.reduced import ReducedConfig
@@ -494,3 +496,42 @@ def test_axial_kernels_read_coordinates_and_not_the_resolution() -> None:
         mixer(x, layout=Layout(grid=(1, 2, 3)))
     with pytest.raises(ValueError, match="must be even"):
         AxialKernelConfig(head_dim=3, key_mult=1).build(D, heads=HEADS)
+
+
+@pytest.mark.parametrize("score", ["paper", "released"])
+def test_memory_layers_read_the_row_that_the_signs_name(score: str) -> None:
+    torch.manual_seed(0)
+    layer, x = MemoryLayer(6, 5, 3, score=score), tokens(4, d=6)
+    wanted = torch.zeros(3, 4, 5)
+    for b in range(3):
+        for i in range(4):
+            for t in range(2):
+                z = x[b, i, 3 * t : 3 * t + 3]
+                code = int("".join("1" if value >= 0 else "0" for value in z.tolist()), 2)
+                sure = (
+                    z.abs().sum().exp() / (2 * z.cosh()).prod() if score == "paper" else z.abs().sum() / (1 + (-2 * z.abs()).exp()).prod()
+                )
+                wanted[b, i] += sure * layer.tables[8 * t + code]
+    assert_close(layer(x), wanted, rtol=1e-5, atol=1e-6)
+    if score == "paper":
+        large = layer.codes(1e4 * x)[1]
+        assert bool(((large > 0) & (large <= 1)).all())
+    with pytest.raises(ValueError, match="bits in 1 .. 16 divide the 6 inputs"):
+        MemoryLayer(6, 5, 4)
+
+
+def test_a_legendre_memory_holds_its_window_and_no_more() -> None:
+    memory, theta, n = 12, 20.0, 60
+    mixer = built(LMUConfig(memory, theta))
+    signal = torch.sin(torch.arange(n) / 5.0)[None] + 1
+    coefficients = mixer.remember(signal, torch.zeros(1, memory))[0][0, -1].double()
+    places = torch.arange(1, int(theta)).double()
+    polynomials = [torch.ones_like(places), 2 * places / theta - 1]  # shifted, of how long ago
+    for k in range(1, memory - 1):
+        polynomials.append(((2 * k + 1) * polynomials[1] * polynomials[k] - k * polynomials[k - 1]) / (k + 1))
+    found = torch.stack(polynomials).T @ coefficients
+    assert_close(found[3:], signal[0].double().flip(0)[3 : int(theta) - 1], rtol=0, atol=0.12)
+    a, _ = legendre_system(memory, theta)
+    assert float(torch.linalg.eigvals(a).abs().max()) < 1, "what is older fades"
+    with pytest.raises(ValueError, match="must be positive"):
+        LMUConfig(0)
