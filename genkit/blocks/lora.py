@@ -106,12 +106,12 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: S
     trained: list[nn.Parameter] = []
     for name in chosen:
         layer = LoRA(model.get_submodule(name), rank, alpha)  # type: ignore[arg-type]
-        _put(model, name, layer)
+        put_module(model, name, layer)
         trained += [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
     return trained
 
 
-def _put(model: nn.Module, name: str, part: nn.Module) -> None:
+def put_module(model: nn.Module, name: str, part: nn.Module) -> None:
     """Replace a submodule."""
     owner, _, last = name.rpartition(".")
     setattr(model.get_submodule(owner), last, part)
@@ -124,7 +124,7 @@ def merged(model: M) -> M:
         if isinstance(part, LoRA):
             weight = part.base.weight.float() + part.change()
             part.base.weight = nn.Parameter(weight.to(part.base.weight.dtype), requires_grad=False)
-            _put(found, name, part.base)
+            put_module(found, name, part.base)
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genkit.blocks import integer
 from genkit.blocks.embeddings import point_sincos
 from genkit.blocks.folding import fold_batch_norms
 from genkit.blocks.group import group_places
@@ -375,6 +376,34 @@ def lmu_cell(case: Case) -> dict[str, Tensor]:
         cache = cell.new_cache(len(x), x.shape[1], device=x.device, dtype=x.dtype)
         results["recurrent"] = torch.cat([cell(token, cache=cache) for token in x.split(1, dim=1)], dim=1)
     return _stored(case, results | {"recurrent_state": cache["state"]})
+
+
+def ivit_ops(case: Case) -> dict[str, Tensor]:
+    """Kind efficient_blocks/ivit_ops: the integer modules of I-ViT, and what they stand for."""
+    config, weights, x = case.config, case.weights(), case.inputs["x"]
+    act_scale = integer.scale_of(x.amin(), x.amax(), config["act_bits"])
+    act = integer.quantised(x, act_scale, config["act_bits"])
+    weight, bias = weights["linear.weight"], weights["linear.bias"]
+    rows = weight.abs().amax(1, keepdim=True) / 127
+    scale = rows[:, 0] * act_scale
+    whole, offset = (weight / rows).round().clamp(-128, 127), (bias / scale).round()
+    out = F.linear(act / act_scale, whole, offset) * scale
+    norm = integer.integer_layer_norm(act, act_scale, weights["layernorm.weight"], weights["layernorm.bias"])
+    gelu = integer.shift_gelu(act, act_scale[None])
+    logits = case.inputs["logits"]
+    logit_scale = integer.scale_of(logits.amin(), logits.amax(), 8)[None]
+    given = integer.quantised(logits, logit_scale, 8)
+    softmax = integer.shiftmax(given, logit_scale, config["softmax_bits"])
+    again = integer.requantised([(out, scale), (act[..., : config["out"]], act_scale)])
+    results = {
+        "act.out": act, "act.scale": act_scale, "linear.weight_integer": whole, "linear.bias_integer": offset, "linear.out": out,
+        "linear.scale": scale, "softmax.in": given, "softmax.in_scale": logit_scale,
+        "gelu.float": F.gelu(act), "softmax.float": given.softmax(-1),
+        "layernorm.float": F.layer_norm(act, act.shape[-1:], weights["layernorm.weight"], weights["layernorm.bias"]),
+    }  # fmt: skip
+    for name, (value, unit) in {"layernorm": norm, "gelu": gelu, "softmax": softmax, "requant": again}.items():
+        results |= {f"{name}.out": value, f"{name}.scale": unit}
+    return _stored(case, results)
 
 
 def fca_block(case: Case) -> dict[str, Tensor]:
