@@ -24,12 +24,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.branch import Block, Branch
-from genkit.blocks.caps import Caps
+from genkit.blocks.caps import Caps, MixerConfig
 from genkit.blocks.fast_linear import with_fast_linear
 from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.modulation import Modulation
 from genkit.blocks.norms import build_norm
+from genkit.blocks.stack import Stack, parse
 from genkit.blocks.stack import build as build_stack
 from genkit.checks import check_shape, choose
 from genkit.generators.enat_context import project, stack_weights
@@ -39,6 +41,7 @@ from genkit.generators.enat_state import ENATCondition, ENATOutput, ENATState
 
 __all__ = ["SIZES", "ENATCondition", "ENATOutput", "ENATState", "ENATTransformer2DModel"]
 
+CHANNEL_MIXERS = ("mlp", "bn_mlp", "memory")
 SIZES: dict[str, dict[str, Any]] = {
     "enat_l_256": {"sample_size": 16, "hidden_size": 1024, "num_heads": 16, "num_encoder_layers": 22, "num_decoder_layers": 2},
     "enat_l_512": {"sample_size": 32, "hidden_size": 1024, "num_heads": 16, "num_encoder_layers": 22, "num_decoder_layers": 2},
@@ -69,9 +72,11 @@ class ENATTransformer2DModel(ModelMixin, ConfigMixin):
         pooled_dim: width of the pooled text; None for a class model.
         shared_modulation: one modulation Linear for all blocks and a learned offset per block (for small models), in place of the
             published Linear per block.
+        stack: stack string of all blocks in place of the published ones. Every block attends first, `attention(keys='both')`, and has one
+            channel mixer: "(attention(keys='both') + mlp(ratio=2)) * 6".
 
     Raises:
-        ValueError: if the sizes do not fit together, or not exactly one of classes and text is chosen.
+        ValueError: if the sizes do not fit together, a stack has other blocks, or not exactly one of classes and text is chosen.
 
     Example:
         >>> sizes = {"sample_size": 4, "hidden_size": 32, "num_heads": 4, "num_encoder_layers": 2, "num_decoder_layers": 1}
@@ -102,6 +107,7 @@ class ENATTransformer2DModel(ModelMixin, ConfigMixin):
         text_dim: int | None = None,
         pooled_dim: int | None = None,
         shared_modulation: bool = False,
+        stack: str | None = None,
     ) -> None:
         super().__init__()
         self._check_config()
@@ -118,8 +124,11 @@ class ENATTransformer2DModel(ModelMixin, ConfigMixin):
         if shared_modulation:
             self.modulation = Modulation(hidden_size, NUM_VECTORS)
             self.modulation_offset = nn.Parameter(torch.zeros(num_blocks, NUM_VECTORS, hidden_size))
+        published = f"(attention(keys='both', context_kv='own') + mlp(ratio={mlp_ratio}, act='gelu_tanh')) * {num_blocks}"
+        if stack is not None:
+            self._check_stack(stack, num_blocks)
         self.blocks = build_stack(
-            f"(attention(keys='both', context_kv='own') + mlp(ratio={mlp_ratio}, act='gelu_tanh')) * {num_blocks}",
+            published if stack is None else stack,
             hidden_size,
             heads=num_heads,
             norm="ln_noaffine",
@@ -134,6 +143,17 @@ class ENATTransformer2DModel(ModelMixin, ConfigMixin):
         self.head = CodeHead(hidden_size, codebook_size + 1)
         self.gradient_checkpointing = False
         self.init_weights()
+
+    @staticmethod
+    def _check_stack(text: str, num_blocks: int) -> None:
+        """Check that blocks have the vectors and the context that the reuse of features needs."""
+        blocks = parse(text)
+        wrong = [block for block in blocks if len(block) != 2 or not _attends_to_both(block[0]) or block[1].name not in CHANNEL_MIXERS]
+        if wrong or len(blocks) != num_blocks:
+            given = str(Stack([wrong[0]])) if wrong else f"{len(blocks)} blocks"
+            raise ValueError(
+                f"ENATTransformer2DModel: a stack is {num_blocks} blocks of attention(keys='both') and a channel mixer, got {given}."
+            )
 
     def _check_config(self) -> None:
         config = self.config
@@ -165,7 +185,8 @@ class ENATTransformer2DModel(ModelMixin, ConfigMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.embedding.position, std=0.02)
@@ -326,3 +347,8 @@ def _restore(visible: Tensor, masked: Tensor, index: TokenIndex) -> Tensor:
         text = torch.arange(num_text, device=order.device).expand(order.shape[0], -1)
         order = torch.cat([text, order + num_text], dim=1)
     return torch.empty_like(tokens).scatter(1, order[..., None].expand_as(tokens), tokens)
+
+
+def _attends_to_both(config: MixerConfig) -> bool:
+    """Tell whether a mixer is attention to its own tokens and others by two projections."""
+    return isinstance(config, AttentionConfig) and (config.keys, config.context_kv) == ("both", "own")
