@@ -147,7 +147,7 @@ class ShapeFlowTask(Task):
     ) -> None:  # fmt: skip
         self.config, self.vae, self.slim_vae = config, vae.eval().requires_grad_(False), slim_vae
         self.tokenizer = text[1] if text else None
-        self.frozen = {"vae": self.vae} | ({"text_encoder": text[0]} if text else {})
+        self.frozen = {"vae": self.vae} | ({"text_encoder": text[0]} if text else {}) | ({"slim_vae": slim_vae} if slim_vae else {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             own = Dinov2Model(Dinov2Config(**config.image_encoder)) if config.image_encoder else None
