@@ -200,7 +200,7 @@ class ShapeVAETask(Task):
             model.register_to_config(scale_factor=self.latent_scale(model))
         pipe = self.pipeline(model)
         if self.config.export_dtype == "float16":
-            pipe.to(torch.float16)
+            pipe.register_modules(**{name: part.half() for name, part in pipe.components.items() if isinstance(part, nn.Module)})
         pipe.save_pretrained(out)
 
 
