@@ -1,7 +1,7 @@
 """Inside and outside of closed meshes: faces that a ray from each point crosses, odd in number inside.
 
-For meshes of marching cubes, of tens of thousands of small faces: a face is compared with the few points above or below it only. Meshes that
-do not close need `genkit.data.winding`.
+For meshes of marching cubes, of tens of thousands of small faces: a face is compared with the few points above or below it only. Meshes
+that do not close need `genkit.data.winding`.
 
 Letters: q points, v vertices, f faces.
 """

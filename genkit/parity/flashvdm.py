@@ -97,7 +97,7 @@ def volume_decode(case: Case) -> dict[str, Tensor]:
         hook.remove()
     results = {**raw, "decoded_latents": tokens, "fourier": vae.embed(case.inputs["queries"]), "query_logits": logits}
     resolution, least = config["octree_resolution"], config["min_resolution"]
-    common = {"num_chunks": config["num_chunks"], "bound": config["bounds"]}
+    common = {"num_chunks": config["num_chunks"], "bound": config["bounds"], "closed": False}
     dense = DenseDecoder(**common)(vae, tokens[0], resolution)
     results["vanilla_grid"] = dense.dense()
     results |= {f"vanilla.{name}": value for name, value in _mesh(dense, resolution, config["mc_level"]).items()}

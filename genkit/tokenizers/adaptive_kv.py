@@ -24,7 +24,7 @@ from torch import Tensor
 from genkit.blocks.attend import attend
 from genkit.checks import choose
 from genkit.tokenizers.shape_vae import ShapeVAE
-from genkit.tokenizers.volume_decoders import RULES, ShapeQuery, check_resolution, level_resolutions, no_surface, refine
+from genkit.tokenizers.volume_decoders import RULES, ClosedQuery, ShapeQuery, check_resolution, level_resolutions, no_surface, refine
 from genkit.tokenizers.volume_grid import SparseField, pack
 
 SELECTIONS = ("mean", "merge", "mass")
@@ -46,6 +46,7 @@ class FlashDecoder:
         min_resolution: of the coarsest grid.
         num_chunks: points at a time.
         bound: of the grid.
+        closed: points at the grid's border are outside, whatever the model says.
     """
 
     selection: str = "mean"
@@ -56,6 +57,7 @@ class FlashDecoder:
     min_resolution: int = 63
     num_chunks: int = 8000
     bound: float = 1.01
+    closed: bool = True
 
     def __post_init__(self) -> None:
         choose(self.selection, SELECTIONS, "selection")
@@ -85,7 +87,8 @@ class FlashDecoder:
         """
         check_resolution(resolution)
         query = CellQuery(vae, tokens, self, self.levels(resolution)[0], trace)
-        return refine(query, self.levels(resolution), self.bound, self.rule, trace=trace)
+        asked = ClosedQuery(query, self.bound) if self.closed else query
+        return refine(asked, self.levels(resolution), self.bound, self.rule, trace=trace)
 
 
 class CellQuery(ShapeQuery):

@@ -29,6 +29,7 @@ from genkit.tokenizers.volume_grid import SparseField, children, coordinates, co
 
 LEAST, MOST = 4, 1024
 NEAR = 0.95  # logits saturate at 1
+BORDER = 1e-5  # rounding of coordinates, as a share of the bound
 RULES = ("grow", "band")
 EDGES = tuple((a, b) for a in range(8) for b in range(a + 1, 8) if (a ^ b) in (1, 2, 4))  # pairs of the corners of a cell
 FACES = tuple((axis, end, tuple(c for c in range(8) if (c >> axis & 1) == end)) for axis in range(3) for end in (0, 1))
@@ -69,6 +70,35 @@ class ShapeQuery:
         return torch.cat(parts)
 
 
+class ClosedQuery:
+    """A query under which the border of the grid is outside, so that every shape closes, also one that a model lets run beyond the grid.
+
+    Args:
+        query: points [k, 3] -> logits [k].
+        bound: the grid spans [-bound, bound].
+    """
+
+    def __init__(self, query: ShapeQuery, bound: float) -> None:
+        self.query, self.bound, self.device = query, bound, query.device
+
+    @property
+    def evaluations(self) -> int:
+        """Points at which the head was asked."""
+        return self.query.evaluations
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Return logits [k] at points [k, 3].
+
+        Raises:
+            NoSurfaceError: if the first points, the whole of a grid, are all inside: then the border is not that of a shape.
+        """
+        is_first, values = not self.query.evaluations, self.query(points)
+        if is_first and len(values) and bool((values > 0).all()):
+            raise no_surface(values)
+        at_border = points.abs().amax(1) >= self.bound * (1 - BORDER)
+        return torch.where(at_border & (values > 0), -values, values)
+
+
 def level_resolutions(resolution: int, least: int) -> list[int]:
     """Return the resolutions from coarse to fine: halved while at least `least`."""
     levels = [resolution]
@@ -95,10 +125,12 @@ class DenseDecoder:
     Args:
         num_chunks: points at a time.
         bound: of the grid.
+        closed: points at the grid's border are outside, whatever the model says.
     """
 
     num_chunks: int = 8000
     bound: float = 1.01
+    closed: bool = True
 
     @torch.no_grad()
     def __call__(self, vae: ShapeVAE, tokens: Tensor, resolution: int) -> SparseField:
@@ -114,6 +146,11 @@ class DenseDecoder:
         for start in range(0, total, self.num_chunks):
             keys = torch.arange(start, min(start + self.num_chunks, total), device=tokens.device)
             values[start : start + len(keys)] = query(coordinates(keys, resolution, self.bound))
+        if self.closed and bool((values <= 0).any()):
+            cube = values.view(3 * [resolution + 1])
+            for axis in range(3):
+                for side in (cube.select(axis, 0), cube.select(axis, -1)):
+                    side.copy_(-side.abs())
         return SparseField(resolution, self.bound, None, values, query.evaluations)
 
 
@@ -127,6 +164,7 @@ class HierarchicalDecoder:
         margin: how many half steps the grow rule follows a cell's slope.
         num_chunks: points at a time.
         bound: of the grid.
+        closed: points at the grid's border are outside, whatever the model says.
     """
 
     rule: str = "grow"
@@ -134,6 +172,7 @@ class HierarchicalDecoder:
     margin: float = 1.0
     num_chunks: int = 8000
     bound: float = 1.01
+    closed: bool = True
 
     def __post_init__(self) -> None:
         choose(self.rule, RULES, "rule")
@@ -155,7 +194,7 @@ class HierarchicalDecoder:
                 f"octree_resolution={resolution} cannot be halved {len(levels) - 1} times; choose a multiple of {divisor}, "
                 f"{resolution // divisor * divisor} say, or a larger min_resolution."
             )
-        return refine(query, levels, self.bound, self.rule, self.margin, trace)
+        return refine(ClosedQuery(query, self.bound) if self.closed else query, levels, self.bound, self.rule, self.margin, trace)
 
 
 def refine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,27 @@ def test_keys_pack_dilate_and_refine() -> None:
     part = sign_changes(some, values[some], side)
     assert part.sum() == 0 or part.dtype == torch.bool
     assert sign_changes(None, values, side).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "decoder", [DenseDecoder(), HierarchicalDecoder(min_resolution=16), FlashDecoder(min_resolution=15, mass=1.0, selection="mass")]
+)
+def test_shapes_that_run_beyond_the_grid_are_closed_at_its_border(decoder: Any) -> None:
+    vae, tokens = shape()
+    small = dataclasses.replace(decoder, bound=0.5)  # cuts the torus
+    mesh = to_mesh(isosurface(small(vae, tokens, 32)), 32, 0.5)
+    assert mesh.is_watertight and mesh.is_winding_consistent
+    cut = to_mesh(isosurface(dataclasses.replace(small, closed=False)(vae, tokens, 32)), 32, 0.5)
+    assert not cut.is_watertight
+    for other in (small, dataclasses.replace(small, closed=False)):
+        with pytest.raises(NoSurfaceError):
+            isosurface(other(constant(1.0), tokens, 32))
+
+
+def constant(value: float) -> Any:
+    """The model, its field everywhere the same."""
+    vae: Any = copy.deepcopy(shape()[0])
+    with torch.no_grad():
+        vae.head.out.weight.zero_()
+        vae.head.out.bias.fill_(value)
+    return vae
