@@ -57,16 +57,15 @@ def countable() -> Iterator[None]:
 
 def work(pipe: Any, prompt: str, steps: int, reuse: bool) -> float:
     """Return the multiply-accumulates of the generator for one picture."""
-    with countable(), FlopCounterMode(pipe.transformer, display=False) as counter:
-        state = None
-        for state in pipe.iterate([prompt], generator=[0], num_inference_steps=steps):
+    states = pipe.iterate([prompt], generator=[0], num_inference_steps=steps)  # encodes the prompt
+    with countable(), FlopCounterMode(display=False) as counter:
+        for state in states:
             if not reuse:
                 state.features = [None] * len(state.features)
-    counted = counter.get_flop_counts()
-    return sum(counted[type(pipe.transformer).__name__].values()) / 2
+    return counter.get_total_flops() / 2
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     """Parse the command line, measure, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
