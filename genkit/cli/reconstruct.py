@@ -11,6 +11,7 @@ from genkit.cli._meshes import MESHES, POINTS, add_running, check_files, write_p
 from genkit.cli._output import positive, print_json
 from genkit.cli._sampling import load_pipeline
 
+DEFAULT_MODEL = "genkit/shape-vae-lowpoly"
 HELP = "reconstruct a mesh through a shape VAE"
 
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("mesh", type=Path, help=f"{', '.join(MESHES)} or whatever else trimesh reads")
-    add("--model", required=True, help="packaged name, folder or official file, see `genkit list`")
+    add("--model", default=DEFAULT_MODEL, help="packaged name, folder or official file, see `genkit list` (default: %(default)s)")
     add("--out", type=Path, default=Path("reconstruction.glb"), metavar="FILE", help="mesh to write (default: %(default)s)")
     add("--resolution", type=positive, metavar="R", help="cells of the grid a side (default: the model's)")
     add("--decoder", choices=("dense", "hierarchical", "flash"), help="where the field is evaluated (default: the model's)")

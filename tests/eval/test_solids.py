@@ -29,3 +29,11 @@ def test_an_open_mesh_has_an_inside_too() -> None:
     assert not opened.is_watertight
     truth = Solid.of(opened, 2000)
     assert truth.compare(truth.of_closed(box))["volume-iou"] > 0.85
+
+
+def test_a_hole_in_a_reconstruction_does_no_harm() -> None:
+    ball = trimesh.creation.icosphere(4, 0.8)
+    torn = trimesh.Trimesh(ball.vertices, ball.faces[20:], process=False)
+    assert not torn.is_watertight
+    truth = Solid.of(ball, 3000)
+    assert truth.compare(truth.of_closed(torn))["volume-iou"] > 0.99

@@ -123,3 +123,13 @@ def test_the_command_writes_mesh_and_preview(pipe: Any, tmp_path: Path, capsys: 
         assert message in capsys.readouterr().err
     assert main(["reconstruct", "none.obj", *words[2:]]) == 2
     assert "no mesh at" in capsys.readouterr().err
+
+
+def test_the_packaged_model_reconstructs_an_asset_by_either_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    box = trimesh.util.concatenate([trimesh.creation.box((2, 0.2, 1)), trimesh.creation.box((0.4, 1, 0.4))])
+    box.export(tmp_path / "table.obj")
+    for head, least in (("base", 0.7), ("slim", 0.6)):
+        words = ["reconstruct", str(tmp_path / "table.obj"), "--head", head, "--resolution", "64", "--device", "cpu", "--json"]
+        assert main([*words, "--out", str(tmp_path / f"{head}.glb")]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["model"] == "genkit/shape-vae-lowpoly" and record["watertight"] and record["metrics"]["volume-iou"] > least
