@@ -94,6 +94,7 @@ def volume(
     dtype: str = "float32",
     threads: int = 0,
     repeats: int = 1,
+    ways: tuple[str, ...] = (),
 ) -> None:
     """Time the decoders on one shape.
 
@@ -106,6 +107,7 @@ def volume(
         dtype: of the weights.
         threads: CPU threads; 0 leaves PyTorch's choice.
         repeats: timed runs; the median counts.
+        ways: names of those to time; all if left out.
     """
     context = multiprocessing.get_context("spawn")
     has_slim = cast(Any, GenPipeline.from_pretrained(model)).slim_vae is not None
@@ -114,6 +116,8 @@ def volume(
         print(f"\n{resolution}^3 cells")
         first = None
         for name, head, decoder in ways_of(has_slim):
+            if ways and name not in ways:
+                continue
             receiver, sender = context.Pipe(duplex=False)
             arguments = (sender, model, data, shape, head, decoder, resolution, threads, repeats, device, dtype)
             process = context.Process(target=run_way, args=arguments)
