@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genkit.blocks.lora import put_module
+from genkit.blocks.around_linear import AroundLinear, put_module
 from genkit.checks import choose
 
 WEIGHTS = ("int", "pow2")
@@ -107,7 +107,7 @@ def requantised(parts: Sequence[tuple[Tensor, Tensor]], bits: int = 8) -> tuple[
     return whole.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).float() * scale, scale
 
 
-class FakeQuantLinear(nn.Module):
+class FakeQuantLinear(AroundLinear):
     """A linear map as it will be on integers: rounded weights, each row with a scale, and rounded inputs by the range they had so far.
 
     Gradients pass the rounding. The range is kept with the weights.
@@ -126,24 +126,14 @@ class FakeQuantLinear(nn.Module):
     seen: Tensor
 
     def __init__(self, base: nn.Linear, bits: int = 8, weights: str = "int") -> None:
-        super().__init__()
+        super().__init__(base)
         choose(weights, WEIGHTS, "kind of weights")
         if not 2 <= bits <= 16:
             raise ValueError(f"FakeQuantLinear: bits must lie in 2 .. 16, got {bits}.")
-        self.base, self.bits, self.kind = base, bits, weights
+        self.bits, self.kind = bits, weights
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros((), device=base.weight.device))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool, device=base.weight.device))
-
-    @property
-    def in_features(self) -> int:
-        """Of the base."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Of the base."""
-        return self.base.out_features
 
     @property
     def weight(self) -> Tensor:
@@ -153,11 +143,6 @@ class FakeQuantLinear(nn.Module):
             return powers_of_two(weight)
         bound = weight.detach().abs().amax(1, keepdim=True).clamp_min(1e-12)
         return quantised(weight, scale_of(bound, bound, self.bits), self.bits)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Of the base."""
-        return self.base.bias
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:

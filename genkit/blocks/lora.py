@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from genkit.blocks.around_linear import AroundLinear, put_module
 from genkit.checks import shorten
 from genkit.weights import read_safetensors
 
@@ -26,7 +27,7 @@ TARGETS = ("q", "kv", "context_kv", "proj")
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 
-class LoRA(nn.Module):
+class LoRA(AroundLinear):
     """base(x) + alpha / r * lora_B(lora_A(x)), the base at the start.
 
     Args:
@@ -36,11 +37,10 @@ class LoRA(nn.Module):
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float | None = None) -> None:
-        super().__init__()
+        super().__init__(base.requires_grad_(False))
         if not 1 <= rank <= min(base.in_features, base.out_features):
             limit = min(base.in_features, base.out_features)
             raise ValueError(f"LoRA: rank must lie in 1 .. {limit} for a layer {base.in_features} -> {base.out_features}, got {rank}.")
-        self.base = base.requires_grad_(False)
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         like = {"device": base.weight.device, "dtype": base.weight.dtype}
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **like)
@@ -48,24 +48,9 @@ class LoRA(nn.Module):
         nn.init.zeros_(self.lora_B.weight)
 
     @property
-    def in_features(self) -> int:
-        """Of the base."""
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Of the base."""
-        return self.base.out_features
-
-    @property
     def weight(self) -> Tensor:
         """The changed weight [o, i]."""
         return self.base.weight + self.change().to(self.base.weight.dtype)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """Of the base."""
-        return self.base.bias
 
     def change(self) -> Tensor:
         """Return what is added to the weight [o, i], float32."""
@@ -109,12 +94,6 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: S
         put_module(model, name, layer)
         trained += [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
     return trained
-
-
-def put_module(model: nn.Module, name: str, part: nn.Module) -> None:
-    """Replace a submodule."""
-    owner, _, last = name.rpartition(".")
-    setattr(model.get_submodule(owner), last, part)
 
 
 def merged(model: M) -> M:
