@@ -51,6 +51,11 @@ def check_files(out: Path, preview: Path | None, models: list[str], source: Path
         check_model(model)
 
 
+def where_first(preview: Path) -> str:
+    """Return where the first mesh of a preview stands."""
+    return "on the left" if preview.suffix.lower() == ".gif" else "above"
+
+
 def write_preview(path: Path, meshes: list[Any], wireframe: bool = False) -> None:
     """Write views of meshes, of the last one with its edges if asked: a .png, a row each, or a .gif in which they turn side by side."""
     from genkit.cli._pictures import grid, save_png

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genkit.cli._meshes import MESHES, POINTS, add_running, check_files, write_preview
+from genkit.cli._meshes import MESHES, POINTS, add_running, check_files, where_first, write_preview
 from genkit.cli._output import positive, print_json
 from genkit.cli._sampling import load_pipeline
 
@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         print_json(record)
         return 0
     closed = "closed" if found.is_watertight else "open"
-    print(f"wrote {args.out}: {len(found.vertices):,} vertices, {len(found.faces):,} faces, {closed}; {preview}: original above")
+    print(
+        f"wrote {args.out}: {len(found.vertices):,} vertices, {len(found.faces):,} faces, {closed}; {preview}: original {where_first(preview)}"
+    )
     if values:
         named = {"volume IoU": "volume-iou", "surface IoU": "surface-iou", "Chamfer L1": "chamfer-l1-sum"}
         print(", ".join(f"{name} {values[key]:.3f}" for name, key in named.items() if key in values))
