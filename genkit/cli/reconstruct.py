@@ -67,9 +67,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(record)
         return 0
     closed = "closed" if found.is_watertight else "open"
-    print(
-        f"wrote {args.out}: {len(found.vertices):,} vertices, {len(found.faces):,} faces, {closed}; {preview}: original {where_first(preview)}"
-    )
+    counts = f"{len(found.vertices):,} vertices, {len(found.faces):,} faces"
+    print(f"wrote {args.out}: {counts}, {closed}; {preview}: original {where_first(preview)}")
     if values:
         named = {"volume IoU": "volume-iou", "surface IoU": "surface-iou", "Chamfer L1": "chamfer-l1-sum"}
         print(", ".join(f"{name} {values[key]:.3f}" for name, key in named.items() if key in values))

@@ -76,9 +76,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     before = f"{len(original.faces):,} faces" if is_mesh else f"{len(original):,} points"
     closed = "closed" if mesh.is_watertight else "open"
-    print(
-        f"wrote {args.out}: {before} -> {report.faces:,} faces, {len(mesh.vertices):,} vertices, {closed}; {preview}: the shape {where_first(preview)}"
-    )
+    counts = f"{before} -> {report.faces:,} faces, {len(mesh.vertices):,} vertices"
+    print(f"wrote {args.out}: {counts}, {closed}; {preview}: the shape {where_first(preview)}")
     if not report.is_complete or report.dropped:
         print(f"the sequence {'ended' if report.is_complete else 'did not end by itself'}, {report.dropped} tokens made no face")
     named = {"Chamfer L1": "chamfer-l1-sum", "normal consistency": "normal-consistency", "volume IoU": "volume-iou"}
