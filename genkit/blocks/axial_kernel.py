@@ -127,7 +127,8 @@ class AxialKernel(GridMixer):
         if len(layout.grid or ()) != len(sides):
             raise ValueError(f"{self.config}: needs a grid of the axes {', '.join(AXES[-len(sides) :])}, got {layout.grid}.")
         v = self.v(x).unflatten(1, sides).unflatten(-1, (self.heads, -1)).movedim(-2, 1)  # [b, heads, (f) h w, hd]
-        means, found = self.fc_in(x).unflatten(1, sides), list[Tensor]()
+        means = self.fc_in(x).unflatten(1, sides)
+        found: list[Tensor] = []
         for axis, kernel in enumerate(self.kernels):
             others = [1 + i for i in range(len(sides)) if i != axis]
             weights = self.config.scale * kernel(means.mean(others), self._coordinates(layout, sides, axis, x.device))

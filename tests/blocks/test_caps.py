@@ -73,7 +73,7 @@ def test_missing_capabilities_are_those_asked_for_and_absent() -> None:
 def test_a_refusal_names_the_mixer_and_those_that_can() -> None:
     config = stack.parse("mlp(act='tanh')")[0][0]
     assert (
-        str(refusal(config, "cache"))
-        == "mlp(act='tanh') does not take cache. Mixers that do: attention(causal=True), linear(causal=True), retention, shsa(causal=True)."
+        str(refusal(config, "cache")) == "mlp(act='tanh') does not take cache. "
+        "Mixers that do: attention(causal=True), linear(causal=True), lmu, retention, shsa(causal=True)."
     )
     assert "Mixers that do: none" in str(refusal(config, "wings"))

@@ -43,7 +43,7 @@ def test_parse_gives_the_blocks_and_str_parses_back_to_them(text: str, blocks: l
 @pytest.mark.parametrize(
     ("text", "column", "message"),
     [
-        ("atention + mlp", 1, r"unknown block 'atention'. Did you mean 'attention'\? Known: attention, axial, bn_mlp, cga, "),
+        ("atention + mlp", 1, r"unknown block 'atention'. Did you mean 'attention'\? Known: attention, axial, axial_kernel, bn_mlp, "),
         ("attention + mpl", 13, "Did you mean 'mlp'"),
         ("attention(head=3)", 11, "unknown option of attention: 'head'. Did you mean 'heads'"),
         ("mlp, attention(rope='3d')", 6, "unknown value of attention option rope: '3d'"),
