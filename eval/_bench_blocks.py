@@ -16,7 +16,8 @@ MIXERS = (
     "attention", "attention(causal=True)", "axial('h')", "window(8)", "window(size=8, shift=4)", "reduced(r=2)", "reduced(r=4)",
     "reduced(kv='conv', q_conv=True)", "cga", "shsa", "latent", "linear", "linear(causal=True)", "retention", "retention(scan='bidir')",
     "retention(decay='data', gate=True)", "conv", "conv(k=7)", "conv(kind='mhca')", "conv(kind='pool')",
-    "graph", "modulation", "modulation(e=4)", "mlp", "mlp(ratio=2)", "mlp(ratio=1)",
+    "graph", "modulation", "modulation(e=4)", "group", "group(order='snake')", "axial_kernel", "linear(feature='hash')", "lmu",
+    "mlp", "mlp(ratio=2)", "mlp(ratio=1)", "memory",
 )  # fmt: skip
 
 
