@@ -118,7 +118,7 @@ def main() -> None:
                 continue
             clocks.append(time.perf_counter() - began)
             made[label].append(mesh)
-            rows.append(solid.compare(solid.of_closed(mesh, number + 1) if label != NEAREST else Solid.of(mesh, args.points, number)))
+            rows.append(solid.compare((solid.of_open if label == NEAREST else solid.of_closed)(mesh, number + 1)))
         found = [mesh for mesh in made[label] if mesh is not None]
         cells = [cell([row[name] for row in rows if name in row], 3) for name in METRICS]
         distance = frechet_distance(true_renders, judge.renders(found))

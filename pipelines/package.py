@@ -78,7 +78,6 @@ def main() -> None:
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights, an SPDX identifier")
     parser.add_argument("--prompt", action="append", default=[], help="prompt of the certificate; may be repeated")
     parser.add_argument("--mesh", action="append", default=[], help="mesh file that is a prompt of the certificate; may be repeated")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the pipeline; may be repeated")
     parser.add_argument("--per-prompt", type=int, default=2, help="pictures or clips of each such prompt (default: %(default)s)")
     parser.add_argument("--steps", type=int, help="default number of sampling steps")
     parser.add_argument("--guidance-scale", type=float, help="default guidance")
@@ -90,7 +89,6 @@ def main() -> None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
     defaults = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
     pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
-    pipe.register_to_config(**settings("--set", args.set, pipe.config))
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())
     first = next(iter(inspect.signature(pipe.estimate_memory).parameters))

@@ -21,7 +21,7 @@ from genkit.blocks.heads import head_count, join_heads, split_heads
 from genkit.blocks.layout import Layout
 from genkit.checks import check_shape
 
-MORTON_BITS = 10  # of each coordinate
+MORTON_BITS = 20  # of each coordinate; three of them fit an int64
 
 
 @register("group")
@@ -114,7 +114,7 @@ def morton_order(pos: Tensor, cell: tuple[float, float]) -> Tensor:
     """Return the order [..., n] of points [..., n, axes] along the Morton curve: bits of the cells' numbers in turn.
 
     Args:
-        pos: coordinates of one to three axes; the smallest of a set are at 0.
+        pos: coordinates of one to three axes; the smallest of a set are at 0, and cells beyond number 2^20 - 1 are one with it.
         cell: sides of the cells by the last two coordinates; a third has the first one's.
     """
     sides = torch.tensor([cell[0], *cell][-pos.shape[-1] :], device=pos.device, dtype=pos.dtype)
@@ -181,14 +181,10 @@ class GroupAttention(TokenMixer):
         if config.order == "given":
             return None
         if config.order == "snake":
-            pos = known.positions(2, tokens, device)
-            return known.memo(("snake", config.window, config.axis, config.shift, device), lambda: self._snake(pos))
-        axes = known.pos.shape[-1] if known.pos is not None else len(known.grid or (0, 0))
-        pos = known.positions(min(axes, 3), tokens, device)
-        return known.memo(("morton", config.window, device), lambda: morton_order(pos, config.window))
-
-    def _snake(self, pos: Tensor) -> Tensor:
-        return snake_order(pos, self.config.window, self.config.axis, self.config.shift)
+            options = (config.window, config.axis, config.shift)
+            return known.memo(("snake", *options, device), lambda: snake_order(known.positions(2, tokens, device), *options))
+        axes = min(3, known.pos.shape[-1] if known.pos is not None else len(known.grid or (0, 0)))
+        return known.memo(("morton", config.window, device), lambda: morton_order(known.positions(axes, tokens, device), config.window))
 
     def in_groups(self, x: Tensor, order: Tensor | None, layout: Layout | None = None) -> Tensor:
         """Return what the tokens of each group get [b, g, s, d], those it borrows too.
@@ -215,8 +211,12 @@ class GroupAttention(TokenMixer):
     def _sines(self, layout: Layout | None, tokens: int, like: Tensor) -> Tensor:
         """Return what queries and keys see beside the tokens, [b|1, n, d]."""
         known, scale = Layout() if layout is None else layout, self.config.pos_scale
-        pos = known.positions(2, tokens, like.device) * torch.tensor(scale, device=like.device, dtype=torch.float32)
-        return known.memo(("point_sincos", self.dim, scale, like.device), lambda: point_sincos(pos, self.dim)).to(like.dtype)
+
+        def make() -> Tensor:
+            pos = known.positions(2, tokens, like.device)
+            return point_sincos(pos * torch.tensor(scale, device=like.device, dtype=torch.float32), self.dim)
+
+        return known.memo(("point_sincos", self.dim, scale, like.device), make).to(like.dtype)
 
     def new_cache(self, batch: int, max_len: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         """Refuse: groups are cut from all tokens."""

@@ -154,11 +154,11 @@ class FakeQuantLinear(AroundLinear):
         self.seen.fill_(True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., i] to [..., o]; in training the range follows x."""
+        """Map x [..., i] to [..., o]; in training the range follows x, and before it has seen any, inputs are not rounded."""
         if self.training:
             self.observe(x)
         scale = scale_of(self.low, self.high, self.bits).clamp_min(1e-12).to(x.dtype)
-        return F.linear(quantised(x, scale, self.bits), self.weight, self.bias)
+        return F.linear(torch.where(self.seen, quantised(x, scale, self.bits), x), self.weight, self.bias)
 
 
 def add_fake_quant(model: nn.Module, bits: int = 8, weights: str = "int", inside: str = "blocks") -> list[str]:

@@ -24,6 +24,8 @@ from genkit.weights import read_safetensors
 M = TypeVar("M", bound=nn.Module)
 TARGETS = ("q", "kv", "context_kv", "proj")
 """Last parts of the names of attention's linear maps."""
+OTHER_KINDS = ("use_dora", "use_rslora", "alpha_pattern", "fan_in_fan_out")
+"""Settings of peft under which the files mean another change."""
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 
@@ -168,7 +170,10 @@ class LoRAWeights:
         state: Mapping[str, Tensor] = read_safetensors(path / WEIGHTS)
         names = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state})
         wanted = {f"{PREFIX}{name}.lora_{c}.weight" for name in names for c in "AB"}
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or wanted != set(state) or not names:
+        other = [name for name in OTHER_KINDS if config.get(name)]
+        if other:
+            raise ValueError(f"{str(folder)!r} is a LoRA of another kind ({', '.join(other)}), whose change is not alpha / r B A.")
+        if config.get("peft_type") != "LORA" or wanted != set(state) or not names:
             raise ValueError(f"{str(folder)!r} holds no plain LoRA: keys such as {shorten(sorted(set(state) ^ wanted) or sorted(state))}.")
         pairs = {name: (state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"]) for name in names}
         return cls(pairs, float(config.get("lora_alpha", config.get("r", 1))), str(config.get("base_model_name_or_path") or ""))

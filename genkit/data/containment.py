@@ -8,10 +8,13 @@ Letters: q points, v vertices, f faces.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import trimesh
 
 PAIRS = 2**22  # of a face and a cell, at a time
 MOST_CELLS = 512  # a side
@@ -53,6 +56,16 @@ def contains(vertices: NDArray[Any], faces: NDArray[Any], points: NDArray[Any]) 
         point = near[start + np.arange(len(face)) - np.repeat(np.cumsum(held) - held, held)]
         np.add.at(crossings, point[_crosses(corners[face], at[point])], 1)
     return crossings % 2 == 1
+
+
+def contains_mostly(mesh: trimesh.Trimesh, points: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which points [q] lie inside a mesh with at most a few holes: of a closed one by one ray, else what two of three rays say."""
+    if mesh.is_watertight:
+        return contains(mesh.vertices, mesh.faces, points)
+    turns = [np.roll(np.arange(3), k) for k in range(3)]
+    votes = [contains(np.asarray(mesh.vertices)[:, turn], mesh.faces, np.asarray(points)[:, turn]) for turn in turns]
+    found: NDArray[np.bool_] = np.sum(votes, axis=0) >= 2
+    return found
 
 
 def _crosses(corners: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -11,14 +11,14 @@ Letters: p points on a surface, m many more, q points of space.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.data.containment import contains
+from genkit.data.containment import contains_mostly
 from genkit.data.mesh_fields import MeshField
 from genkit.eval.meshes import sample
 from genkit.eval.shapes import PointDistances, occupancy_iou
@@ -27,16 +27,6 @@ METRICS = ("volume-iou", "surface-iou", "chamfer-l1-sum", "fscore@0.02")
 NEAR = 0.02  # standard deviation of points near the surface
 THRESHOLD = 0.02  # of the F-score
 DENSE = 25
-
-
-def inside(mesh: Any, points: Tensor) -> Tensor:
-    """Return which points [q, 3] lie in a mesh, [q] bool: what rays say in three directions, so that a few holes do no harm."""
-    at = points.numpy()
-    if mesh.is_watertight:
-        return torch.from_numpy(contains(mesh.vertices, mesh.faces, at))
-    turns = [np.roll(np.arange(3), k) for k in range(3)]
-    votes = [contains(np.asarray(mesh.vertices)[:, turn], mesh.faces, at[:, turn]) for turn in turns]
-    return torch.from_numpy(np.sum(votes, axis=0) >= 2)
 
 
 def queries(surface: Tensor, count: int, seed: int) -> list[Tensor]:
@@ -85,8 +75,17 @@ class Solid:
 
     def of_closed(self, mesh: Any, seed: int = 1) -> Solid:
         """Sample a closed mesh at the same points of space."""
+        return self._at_the_same(mesh, seed, lambda points: torch.from_numpy(contains_mostly(mesh, points.numpy())))
+
+    def of_open(self, mesh: Any, seed: int = 1) -> Solid:
+        """Sample another true mesh, open or closed, at the same points of space."""
+        field = MeshField.of(mesh)
+        return self._at_the_same(mesh, seed, lambda points: field(points) > 0)
+
+    def _at_the_same(self, mesh: Any, seed: int, lies_inside: Callable[[Tensor], Tensor]) -> Solid:
+        """Sample a mesh, and tell of this one's points of space which lie in it."""
         surface, dense = _points(mesh, len(self.surface), seed)
-        return Solid(surface, dense, self.at, [inside(mesh, points) for points in self.at])
+        return Solid(surface, dense, self.at, [lies_inside(points) for points in self.at])
 
     def compare(self, other: Solid) -> dict[str, float]:
         """Measure another shape, sampled at the same points, against this one: metric -> value."""

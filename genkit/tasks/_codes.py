@@ -225,12 +225,13 @@ class CodeTask(Task):
 
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the pipeline, its parts in folders of their own (`out/transformer`, `out/vqvae`, ...), and a LoRA alone too, `out/lora`."""
+        network, change = modules["transformer"], None
         if self.config.lora is not None:
-            change = LoRAWeights.of(modules["transformer"], str(self.config.start))
-        pipe = self.pipeline(merged(modules["transformer"]))
+            change, network = LoRAWeights.of(network, str(self.config.start)), merged(network)
+        pipe = self.pipeline(network)
         if self.config.export_dtype == "float16":
             halves = {name: copy.deepcopy(part).half() for name, part in pipe.components.items() if isinstance(part, nn.Module)}
             pipe.register_modules(**halves)
         pipe.save_pretrained(out)
-        if self.config.lora is not None:
+        if change is not None:
             change.save(out / "lora")

@@ -67,6 +67,7 @@ def test_sixteen_bits_change_next_to_nothing_and_bad_settings_are_refused() -> N
     torch.manual_seed(0)
     plain, x = nn.Linear(8, 4), torch.randn(3, 8)
     layer = integer.FakeQuantLinear(plain, 16)
+    assert_close(layer.eval()(x), plain(x), rtol=1e-3, atol=1e-3, msg="without a range inputs stay as they are")
     assert_close(layer.train()(x), plain(x), rtol=1e-3, atol=1e-3)
     for call, message in (
         (lambda: integer.FakeQuantLinear(plain, 1), "bits must lie in 2 .. 16"),

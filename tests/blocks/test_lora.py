@@ -108,6 +108,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no LoRA"):
         LoRAWeights.of(blocks())
     stored.save(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_rslora": True}))
+    with pytest.raises(ValueError, match=r"another kind \(use_rslora\)"):
+        LoRAWeights.load(tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(ValueError, match="no plain LoRA"):
         LoRAWeights.load(tmp_path)

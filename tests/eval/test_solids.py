@@ -37,3 +37,13 @@ def test_a_hole_in_a_reconstruction_does_no_harm() -> None:
     assert not torn.is_watertight
     truth = Solid.of(ball, 3000)
     assert truth.compare(truth.of_closed(torn))["volume-iou"] > 0.99
+
+
+def test_another_open_mesh_is_looked_at_where_the_truth_is() -> None:
+    box, other = trimesh.creation.box((2, 2, 2)), trimesh.creation.box((2, 2, 1))
+    opened = trimesh.Trimesh(other.vertices, other.faces[2:], process=False)
+    truth = Solid.of(box, 3000)
+    found = truth.of_open(opened)
+    assert found.at is truth.at
+    assert truth.compare(found)["volume-iou"] == pytest.approx(truth.compare(truth.of_closed(other))["volume-iou"], abs=0.03)
+    assert truth.compare(truth.of_open(box))["surface-iou"] == 1
