@@ -15,7 +15,7 @@ def ticks(low: float, high: float, is_log: bool) -> list[float]:
         powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
         return [m * 10.0**p for p in powers for m in (1, 2, 5) if low * 0.999 <= m * 10.0**p <= high * 1.001]
     step = 10 ** math.floor(math.log10(max(high - low, 1e-12)))
-    step = next(s for s in (step / 5, step / 2, step) if (high - low) / s <= 8)
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (high - low) / s <= 8)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 

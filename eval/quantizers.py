@@ -9,27 +9,17 @@ of the test views, intervals 95 %, bootstrap over objects; the distance is Frech
 """
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from _equal_time import train_for
+from _views import tokenizer_figures
 
-from genkit.data.views import ViewDataset
-from genkit.eval.assets import bootstrap_mean, reconstruction_features, statistics_of
-from genkit.eval.features import FeatureNetwork
-from genkit.eval.frechet import frechet_distance
-from genkit.paths import recipes_dir
 from genkit.pipelines.tokenizers import load_tokenizer
-from genkit.tokenizers.quantizers.stats import CodebookStats
-from genkit.training import launch
-from genkit.training.loop import Trainer
 
 LEVELS = {1024: [8, 5, 5, 5], 65536: [8, 8, 8, 5, 5, 5]}  # FSQ's recommended grids of about that size
-PROBE = 20  # steps that tell the speed
-SIDE = 64
 
 
 def options(name: str, codes: int, width: int) -> list[str]:
@@ -50,41 +40,10 @@ def options(name: str, codes: int, width: int) -> list[str]:
 
 def train(args: argparse.Namespace, name: str, codes: int) -> tuple[Path, int, float]:
     """Train one quantizer for the minutes asked for; return its tokenizer, steps and seconds."""
-    recipe = launch.read_recipe(recipes_dir() / "tokenizers" / "recipes" / "simvq_lowpoly.yaml")
-    out = args.out / f"{name}-{codes}"
-    common = ["--task_config.data", args.train, "--task_config.quantize_after", str(args.start), "--train.sample_every", "0"]
-    common += options(name, codes, args.width)
-    def run(folder: Path, steps: int, until: int | None = None) -> float:
-        overrides = [*common, "--train.out", str(folder), "--train.steps", str(steps), "--train.warmup", str(min(100, steps))]
-        name, task_config, config = launch.resolve(recipe, None, overrides)
-        return Trainer(importlib.import_module(f"genkit.tasks.{name}").build(task_config), config).run(until=until).seconds
-
-    before = args.start + 5
-    run(out / "probe", before + PROBE, before)
-    each = run(out / "probe", before + PROBE) / PROBE  # of the steps with codes
-    steps = max(before, round(args.minutes * 60 / each))
-    return out / "run" / "export" / "vqvae", steps, run(out / "run", steps)
-
-
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the figures of a tokenizer."""
-    model, network, source = load_tokenizer(str(folder)), FeatureNetwork("efficientnet-lite0", size=SIDE), "efficientnet-lite0"
-
-    def reconstruct(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out = model(x)
-        return out.sample, out.indices
-
-    real, fake, codes, *_ = reconstruction_features(network, ViewDataset(args.train, SIDE), reconstruct)
-    stats = CodebookStats(model.quantizer.codebook_size)
-    stats.update(codes)
-    test = ViewDataset(args.test, SIDE)
-    *_, psnr, ssim = reconstruction_features(network, test, reconstruct)
-    objects = [test.object_of(i) for i in range(len(test))]
-    return {
-        "codes": model.quantizer.codebook_size, **{key: stats.compute()[key] for key in ("utilisation", "perplexity")},
-        "psnr": bootstrap_mean(psnr, objects), "ssim": bootstrap_mean(ssim, objects),
-        "distance": frechet_distance(statistics_of(real, source), statistics_of(fake, source)),
-    }  # fmt: skip
+    overrides = ["--task_config.data", args.train, "--task_config.quantize_after", str(args.start), "--train.sample_every", "0"]
+    overrides += options(name, codes, args.width)
+    folder, steps, seconds = train_for("tokenizers/simvq_lowpoly", overrides, args.out / f"{name}-{codes}", args.minutes, args.start)
+    return folder / "vqvae", steps, seconds
 
 
 def rows(args: argparse.Namespace) -> Iterator[str]:
@@ -95,7 +54,7 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
         for name in args.quantizers:
             folder, steps, seconds = train(args, name, codes)
             with torch.inference_mode():
-                r = measure(args, folder)
+                r = tokenizer_figures(load_tokenizer(str(folder)), args.train, args.test)
             live = f"{r['codes']:,} | {100 * r['utilisation']:.1f} % | {r['perplexity']:.0f}"
             yield f"| {name} | {live} | {r['psnr']} | {r['ssim']} | {r['distance']:.1f} | {steps:,} | {seconds:.0f} |"
 

@@ -17,20 +17,15 @@ from typing import Any
 import torch
 from _plots import line_chart
 from _timing import machine
+from _views import SOURCE, ViewJudge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from genkit import GenPipeline
 from genkit.blocks import fast_linear
 from genkit.data.prompts import PromptBuilder
-from genkit.data.views import ViewDataset
-from genkit.eval.assets import statistics_of
-from genkit.eval.features import FeatureNetwork
-from genkit.eval.frechet import frechet_distance
 
 STEPS = (4, 8, 12, 16)
-SIZE = 64  # pixels: the models' size, and the judging network's
-SOURCE = f"efficientnet-lite0 at {SIZE} px"
 
 
 def pictures(pipe: Any, prompts: list[str], seeds: list[int], steps: int, reuse: bool) -> torch.Tensor:
@@ -78,28 +73,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=62)
     parser.add_argument("--plot", type=Path, help="SVG file of the distance against the work")
     args = parser.parse_args()
-    network, views = FeatureNetwork("efficientnet-lite0", size=SIZE), ViewDataset(args.train, SIZE)
-    rows = views.rows_of(args.views)
-    real = [network.features(torch.stack([views[i]["image"] for i in rows[k : k + 64]])) for k in range(0, len(rows), 64)]
-    reference = statistics_of(torch.cat(real), SOURCE)
-    builder = PromptBuilder.from_views(views)
-    prompts = [builder.plain(o) for o in range(views.num_objects)]
+    judge = ViewJudge(args.train, args.views)
+    builder = PromptBuilder.from_views(judge.views)
+    prompts = [builder.plain(o) for o in range(judge.views.num_objects)]
     nat, enat = (GenPipeline.from_pretrained(name) for name in (args.nat, args.enat))
     ways = {"NAT": (nat, False), "ENAT without reuse": (enat, False), "ENAT": (enat, True)}
-    print(f"{machine('cpu')}; {len(rows)} real views, {args.num_samples} of each row; features {SOURCE}\n")
+    print(f"{machine('cpu')}; {judge.count} real views, {args.num_samples} of each row; features {SOURCE}\n")
     print("| generator | steps | multiply-accumulates, G | s per picture | Frechet distance |\n|---|---|---|---|---|")
     lines: dict[str, list[tuple[float, float, str]]] = {name: [] for name in ways}
     for name, (pipe, reuse) in ways.items():
         for steps in STEPS:
-            macs, clocks, features = work(pipe, prompts[0], steps, reuse) / 1e9, [], []
+            macs, clocks = work(pipe, prompts[0], steps, reuse) / 1e9, []
             for i in range(args.timed):
                 began = time.perf_counter()
                 pictures(pipe, [prompts[i % len(prompts)]], [i], steps, reuse)
                 clocks.append(time.perf_counter() - began)
-            for start in range(0, args.num_samples, args.batch_size):
-                chosen = range(start, min(start + args.batch_size, args.num_samples))
-                features.append(network.features(pictures(pipe, [prompts[i % len(prompts)] for i in chosen], list(chosen), steps, reuse)))
-            distance = frechet_distance(reference, statistics_of(torch.cat(features), SOURCE))
+
+            def make(chosen: range, pipe: Any = pipe, steps: int = steps, reuse: bool = reuse) -> torch.Tensor:
+                return pictures(pipe, [prompts[i % len(prompts)] for i in chosen], list(chosen), steps, reuse)
+
+            distance = judge.distance(make, args.num_samples, args.batch_size)
             print(f"| {name} | {steps} | {macs:.2f} | {sorted(clocks)[len(clocks) // 2]:.3f} | {distance:.0f} |", flush=True)
             lines[name].append((macs, distance, str(steps)))
     if args.plot:

@@ -10,7 +10,9 @@ Letters: o outputs, i inputs of a layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from genkit.blocks.around_linear import AroundLinear, put_module
 from genkit.checks import choose
+
+M = TypeVar("M", bound=nn.Module)
 
 WEIGHTS = ("int", "pow2")
 MOMENTUM = 0.95  # of the range of activations
@@ -179,3 +183,14 @@ def add_fake_quant(model: nn.Module, bits: int = 8, weights: str = "int", inside
     for name in names:
         put_module(model, name, FakeQuantLinear(model.get_submodule(name), bits, weights))  # type: ignore[arg-type]
     return names
+
+
+@torch.no_grad()
+def rounded(model: M) -> M:
+    """Return a copy of a model in which every `FakeQuantLinear` is a plain linear map with the rounded weight; inputs stay exact."""
+    found = copy.deepcopy(model)
+    for name, part in list(found.named_modules()):
+        if isinstance(part, FakeQuantLinear):
+            part.base.weight.copy_(part.weight)
+            put_module(found, name, part.base)
+    return found

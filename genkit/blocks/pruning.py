@@ -144,4 +144,4 @@ def pruned(model: M, kept: Mapping[str, Tensor]) -> M:
     ]
     found = type(model)(**{**config, "stack": str(Stack(mixers))})
     found.load_state_dict(state)
-    return found.to(next(model.parameters()).device, next(model.parameters()).dtype).train(model.training)
+    return nn.Module.to(found, next(model.parameters()).device, next(model.parameters()).dtype).train(model.training)

@@ -228,7 +228,7 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
         config = {key: value for key, value in self.config.items() if not key.startswith("_")}
         small = NATTransformer2DModel(**{**config, "stack": str(cut_stack(self._stack, blocks, widths))})
         copy_cut(self, small)
-        return small.to(self.device, self.dtype).train(self.training)
+        return nn.Module.to(small, self.device, self.dtype).train(self.training)
 
     @with_fast_linear
     def forward(

@@ -17,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from genkit.blocks.integer import add_fake_quant, rounded
 from genkit.blocks.lora import TARGETS, LoRAWeights, add_lora, merged
 from genkit.data.images import ImageFolderDataset
 from genkit.data.tokens import TokenCache, TokenMeta, build_cache
@@ -44,6 +45,14 @@ class LoRAConfig:
 
 
 @dataclass
+class FakeQuantConfig:
+    """Rounding of weights and inputs while training, see `genkit.blocks.integer`."""
+
+    bits: int = 8
+    weights: Literal["int", "pow2"] = "int"
+
+
+@dataclass
 class CodeConfig:
     """Settings that tasks on codes share.
 
@@ -56,6 +65,7 @@ class CodeConfig:
         views: turntable views to learn from (0 is the front, then turning about the asset); all if null. Other data have no views.
         start: folder of a generator (`.../export/transformer`) whose weights the training starts from; null starts anew.
         lora: train a low-rank change of `start` and leave its weights as they are; null trains all weights.
+        fake_quant: round the weights and inputs of the blocks' linear maps; the export holds the rounded weights. Null rounds nothing.
         prompts_per_picture: prompts encoded per view; a step draws one of them.
         null_probability: how often the condition is left out: the null class or the empty prompt.
         flip: also learn from mirrored pictures (class models only: prompts may name a side).
@@ -74,6 +84,7 @@ class CodeConfig:
     views: tuple[int, ...] | None = None
     start: str | None = None
     lora: LoRAConfig | None = None
+    fake_quant: FakeQuantConfig | None = None
     prompts_per_picture: int = 8
     null_probability: float = 0.1
     flip: bool = False
@@ -94,6 +105,8 @@ class CodeConfig:
             raise ValueError(f"text needs text_encoder and tokenizer, got {self.text_encoder!r} and {self.tokenizer!r}; give both or none.")
         if self.lora is not None and self.start is None:
             raise ValueError("lora changes a trained generator: give its folder as start.")
+        if self.lora is not None and self.fake_quant is not None:
+            raise ValueError("lora and fake_quant exclude each other: one leaves the weights as they are, the other rounds them.")
         if self.flip and self.text_encoder is not None:
             raise ValueError("flip=true mirrors pictures whose prompts may name a side; leave it out for a text model.")
 
@@ -141,6 +154,8 @@ class CodeTask(Task):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 add_lora(model, config.lora.rank, config.lora.alpha, config.lora.targets)
+        if config.fake_quant is not None:
+            add_fake_quant(model, config.fake_quant.bits, config.fake_quant.weights)
         self.modules = {"transformer": model}
 
     @abstractmethod
@@ -226,6 +241,8 @@ class CodeTask(Task):
     def export(self, modules: dict[str, nn.Module], out: Path) -> None:
         """Write the pipeline, its parts in folders of their own (`out/transformer`, `out/vqvae`, ...), and a LoRA alone too, `out/lora`."""
         network, change = modules["transformer"], None
+        if self.config.fake_quant is not None:
+            network = rounded(network)
         if self.config.lora is not None:
             change, network = LoRAWeights.of(network, str(self.config.start)), merged(network)
         pipe = self.pipeline(network)

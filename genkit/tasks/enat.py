@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelConfig:
-    """Sizes of the generator; see `ENATTransformer2DModel`. Grid, codes, classes and text widths follow from the data and its networks."""
+    """Sizes and blocks of the generator; see `ENATTransformer2DModel`. The rest follows from the data and the other networks."""
 
     hidden_size: int = 384
     num_heads: int = 6
@@ -47,6 +47,7 @@ class ModelConfig:
     dropout: float = 0.1
     class_dropout: float = 0.1
     shared_modulation: bool = False
+    stack: str | None = None
 
 
 @dataclass

@@ -13,13 +13,14 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from genkit.blocks.lora import LoRAWeights
+from genkit.blocks.pruning import pruned
 from genkit.conditioners.text import EncodedText, encode_text
 from genkit.data.tokens import TokenCache
 from genkit.generators.enat import ENATTransformer2DModel
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.outputs import ImageOutput
 from genkit.tasks import _prompts, enat
-from genkit.tasks._codes import LoRAConfig
+from genkit.tasks._codes import FakeQuantConfig, LoRAConfig
 from genkit.tasks._enat_masking import mask_count, mask_more, masked_cross_entropy, random_mask
 from genkit.tasks._prompts import build_prompt_table
 from genkit.tasks.text_encoder import train_tokenizer
@@ -302,3 +303,26 @@ def test_a_lora_leaves_the_generator_as_it_is_and_is_applied_by_name(folders: Pa
         assert is_changed == (name.removesuffix(".weight") in change.pairs)
     with pytest.raises(FileNotFoundError, match="is no LoRA"):
         pipe.load_lora(tmp_path)
+
+
+def test_fake_quantisation_trains_and_leaves_rounded_weights(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora and fake_quant exclude each other"):
+        build(folders, lora=LoRAConfig(), fake_quant=FakeQuantConfig(), start="somewhere")
+    task = build(folders, fake_quant=FakeQuantConfig(bits=3), optimizer="muon")
+    Trainer(task, TrainConfig(out=str(tmp_path), steps=2, batch_size=4, ema_decay=0.5)).run()
+    pipe: Any = GenPipeline.from_pretrained(tmp_path / "export")
+    inside, outside = pipe.transformer.blocks[0].branches[1].f.fc1.weight, pipe.transformer.reuse.f.fc1.weight
+    assert max(len(row.unique()) for row in inside) <= 7 < len(outside[0].unique())
+    assert pipe("chest gold", num_inference_steps=2, generator=1).images
+
+
+def test_a_pruned_generator_is_trained_on(folders: Path, tmp_path: Path) -> None:
+    net = cast(ENATTransformer2DModel, build(folders).modules["transformer"])
+    small = pruned(net, {"blocks.0.branches.1.f": torch.arange(5)})
+    small.save_pretrained(tmp_path / "small")
+    model = enat.ModelConfig(hidden_size=16, num_heads=2, num_encoder_layers=1, num_decoder_layers=1, stack=small.config["stack"])
+    settings: dict[str, Any] = {"image_size": 8, "cache": str(folders / "cache"), "model": model, "start": str(tmp_path / "small")}
+    task = enat.build(enat.Config(vqvae=str(folders / "vqvae"), data=str(folders / "train.parquet"), **settings))
+    Trainer(task, TrainConfig(out=str(tmp_path / "run"), steps=1, batch_size=4)).run()
+    pipe: Any = GenPipeline.from_pretrained(tmp_path / "run" / "export")
+    assert pipe.transformer.blocks[0].branches[1].f.fc1.weight.shape[0] == 5
