@@ -36,7 +36,9 @@ def spread(data: str, count: int) -> list[Any]:
 
 
 def cell(values: list[float], digits: int = 4) -> str:
-    """Return the mean of values with its 95 % interval, bootstrap over shapes."""
+    """Return the mean of values with its 95 % interval, bootstrap over shapes; nothing for no values."""
+    if not values:
+        return ""
     estimate = bootstrap_mean(torch.tensor(values, dtype=torch.float64), range(len(values)))
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
 

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="parquet file with meshes, or folder of mesh files")
     parser.add_argument("--max-faces", type=int, default=200, help="of the artists' meshes, and of ours (default: %(default)s)")
     parser.add_argument("--count", type=int, default=10_000, help="shapes to look at, evenly spread over the data (default: all)")
-    parser.add_argument("--points", type=int, default=4000, help="on each surface (default: %(default)s)")
+    parser.add_argument("--points", type=int, default=20_000, help="on each surface; with few no edges are found (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="draw tokens")
     parser.add_argument("--no-grammar", action="store_true", help="let illegal sequences through")
     parser.add_argument("--sheet", type=Path, help="picture of 24 shapes")

@@ -7,7 +7,7 @@ Letters: v vertices, f faces, p points.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from genkit.data.surfaces import points_on_faces
 
 SCALES = (0.75, 1.25)
 SHIFT = 0.1
+Turns = Literal["any", "quarter"]
 POINT_LIMIT = 0.9995
 """Largest coordinate of condition points; those of a mesh of longest side 1 are doubled first."""
 
@@ -35,10 +36,18 @@ class Augmentation:
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> Augmentation:
-        """Draw scales, angle and shifts, in this order."""
-        scale = tuple(rng.uniform(*SCALES, 3).tolist())
-        return cls(scale, float(rng.uniform(0, 2 * np.pi)), tuple(rng.uniform(-SHIFT, SHIFT, 3).tolist()))
+    def draw(cls, rng: np.random.Generator, turns: Turns = "any", shift: float = SHIFT) -> Augmentation:
+        """Draw scales, angle and shifts, in this order; as published by default.
+
+        Args:
+            rng: the source.
+            turns: about y by any angle, or by quarters, which leaves what lies along the axes there.
+            shift: the largest.
+        """
+        scale, angle = tuple(rng.uniform(*SCALES, 3).tolist()), float(rng.uniform(0, 2 * np.pi))
+        if turns == "quarter":
+            angle = np.pi / 2 * (angle // (np.pi / 2))
+        return cls(scale, angle, tuple(rng.uniform(-shift, shift, 3).tolist()))
 
 
 def centred_box(vertices: NDArray[Any]) -> NDArray[np.float64]:
@@ -62,7 +71,7 @@ def augmented(vertices: NDArray[Any], draw: Augmentation) -> NDArray[np.float64]
     positions = centred_box(vertices) * np.asarray(draw.scale)
     positions -= (positions.min(0) + positions.max(0)) / 2
     x, y, z = positions.T
-    cosine, sine = np.cos(draw.angle), np.sin(draw.angle)
+    cosine, sine = np.round((np.cos(draw.angle), np.sin(draw.angle)), 15)  # quarters are exact: flat faces stay flat when quantised
     turned = centred_box(np.stack([x * cosine + z * sine, y, -x * sine + z * cosine], axis=1))
     room = np.asarray(draw.shift).clip(-0.5 - turned.min(0), 0.5 - turned.max(0))
     return (turned + room).clip(-0.5, 0.5)

@@ -18,16 +18,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from genkit.eval.distances import distance_blocks
+PAIRS_AT_ONCE = 2**21
 
 
 def nearest_points(points: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Return each point's distance to the nearest of the others and which that is, for [p, 3] and [q, 3]: [p] float64, [p] int64."""
-    found = [block.min(1) for _, block in distance_blocks(points, others)]
-    return torch.cat([pair.values for pair in found]), torch.cat([pair.indices for pair in found])
+    from scipy.spatial import cKDTree
+
+    distance, index = cKDTree(others.double().cpu().numpy()).query(points.double().cpu().numpy())
+    return torch.from_numpy(distance).to(points.device), torch.from_numpy(index).to(points.device)
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,16 @@ def edge_points(points: Tensor, normals: Tensor, radius: float = 0.004, abs_cos:
     Returns:
         [p] bool.
     """
-    unit = normals.double()
-    found = [((block <= radius) & ((unit[rows] @ unit.T).abs() < abs_cos)).any(1) for rows, block in distance_blocks(points, points)]
-    return torch.cat(found)
+    from scipy.spatial import cKDTree
+
+    where, unit = points.double().cpu().numpy(), normals.double().cpu().numpy()
+    tree, found = cKDTree(where), np.zeros(len(where), bool)
+    counts = tree.query_ball_point(where, radius, return_length=True)
+    for rows in np.split(np.arange(len(where)), np.flatnonzero(np.diff(counts.cumsum() // PAIRS_AT_ONCE)) + 1):
+        first = np.repeat(rows, counts[rows])
+        second = np.concatenate(tree.query_ball_point(where[rows], radius)).astype(np.int64)
+        found[first[np.abs((unit[first] * unit[second]).sum(1)) < abs_cos]] = True
+    return torch.from_numpy(found).to(points.device)
 
 
 def occupancy_iou(first: Tensor, second: Tensor) -> float:

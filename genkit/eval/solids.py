@@ -21,7 +21,7 @@ from torch import Tensor
 from genkit.data.containment import contains_mostly
 from genkit.data.mesh_fields import MeshField
 from genkit.eval.meshes import sample
-from genkit.eval.shapes import PointDistances, occupancy_iou
+from genkit.eval.shapes import PointDistances, nearest_points, occupancy_iou
 
 METRICS = ("volume-iou", "surface-iou", "chamfer-l1-sum", "fscore@0.02")
 NEAR = 0.02  # standard deviation of points near the surface
@@ -41,13 +41,6 @@ def _points(mesh: Any, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return `count` points on a mesh, and `DENSE` times as many."""
     points, _ = sample(mesh, (DENSE + 1) * count, seed)
     return points[:count], points[count:]
-
-
-def _nearest(points: Tensor, others: Tensor) -> Tensor:
-    """Return the distance [p] of points to the nearest of others [m, 3]."""
-    from scipy.spatial import cKDTree
-
-    return torch.from_numpy(cKDTree(others.numpy()).query(points.numpy())[0])
 
 
 @dataclass
@@ -89,6 +82,6 @@ class Solid:
 
     def compare(self, other: Solid) -> dict[str, float]:
         """Measure another shape, sampled at the same points, against this one: metric -> value."""
-        found = PointDistances(_nearest(self.surface, other.dense), _nearest(other.surface, self.dense))
+        found = PointDistances(nearest_points(self.surface, other.dense)[0], nearest_points(other.surface, self.dense)[0])
         ious = [occupancy_iou(*pair) for pair in zip(self.inside, other.inside, strict=True)]
         return dict(zip(METRICS, (*ious, found.chamfer(), found.fscore(THRESHOLD)[0]), strict=True))

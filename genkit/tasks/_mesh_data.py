@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genkit.data.mesh_augment import Augmentation, augmented, condition_points
+from genkit.data.mesh_augment import SHIFT, Augmentation, Turns, augmented, condition_points
 from genkit.data.mesh_samples import MeshBounds, MeshSamples, StoredMesh
 from genkit.tokenizers.mesh_tokens import BINS, CanonicalMesh, canonical, quantised
 from genkit.tokenizers.point_encoder import PointEncoder
@@ -34,6 +34,8 @@ class MeshTaskConfig:
         bins: steps a side.
         num_points: of the condition.
         augment: scale, turn and shift meshes.
+        turns: about y: by any angle as published, or by quarters, for assets that lie along the axes.
+        shift: largest shift of a mesh whose longest side is 1; 0 centres it, as the pipeline does.
         seed: of the initial weights.
         point_encoder: of `PointEncoder`, to learn along.
         pretrained_point_encoder: folder of one that stays as it is, instead.
@@ -47,6 +49,8 @@ class MeshTaskConfig:
     bins: int = BINS
     num_points: int = 8192
     augment: bool = True
+    turns: Turns = "any"
+    shift: float = SHIFT
     seed: int = 0
     point_encoder: dict[str, Any] = field(default_factory=dict)
     pretrained_point_encoder: str | None = None
@@ -61,6 +65,8 @@ class MeshTaskConfig:
             raise ValueError(f"lr must be above 0, got {self.lr}.")
         if bool(self.point_encoder) == (self.pretrained_point_encoder is not None):
             raise ValueError("give either point_encoder (to learn along) or pretrained_point_encoder.")
+        if not 0 <= self.shift < 1:
+            raise ValueError(f"shift must lie in [0, 1), got {self.shift}.")
         if self.num_points < 1 or self.bins < 2:
             raise ValueError(f"num_points must be at least 1 and bins at least 2, got {self.num_points} and {self.bins}.")
 
@@ -105,7 +111,7 @@ class MeshDraws:
     def item(self, number: int, rng: np.random.Generator) -> MeshItem:
         """Return mesh `number`, augmented where that leaves it learnable."""
         stored, bins, count = self.samples.meshes[number], self.config.bins, self.config.num_points
-        draws = [Augmentation.draw(rng) for _ in range(TRIALS)] if self.config.augment else []
+        draws = [Augmentation.draw(rng, self.config.turns, self.config.shift) for _ in range(TRIALS)] if self.config.augment else []
         found = (self._quantised(stored, draw) for draw in draws)
         mesh = next((mesh for mesh in found if self._learnable(mesh, stored)), None) or self._quantised(stored, Augmentation())
         points = condition_points(mesh.positions(bins), mesh.faces, rng.random(count), rng.random((count, 2)))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SLAB_POINTS = 2**24
 FLOATER_SHARE = 0.005
+FIRST_CELLS = 256  # a side of a mesh that decimation stops short at
 FINE = 2**16  # vertices on shared planes are one where they agree to this part of a cell
 
 
@@ -119,8 +120,10 @@ def without_floaters(mesh: trimesh.Trimesh, share: float = FLOATER_SHARE) -> tri
 def decimated(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
     """Return a mesh of at most so many faces, by quadric errors.
 
+    Where these stop too early, as they do at thin walls, close vertices are joined first, on cells that double in size until it goes on.
+
     Raises:
-        ValueError: for fewer than four faces.
+        ValueError: for fewer than four faces, or a mesh that cannot be brought down to so many.
     """
     import fast_simplification
     import trimesh
@@ -129,7 +132,26 @@ def decimated(mesh: trimesh.Trimesh, max_faces: int) -> trimesh.Trimesh:
         raise ValueError(f"max_faces must be at least 4 (a closed mesh), got {max_faces}.")
     if len(mesh.faces) <= max_faces:
         return mesh
-    vertices, faces = fast_simplification.simplify(
-        np.asarray(mesh.vertices, np.float32), np.asarray(mesh.faces, np.int32), target_count=max_faces
-    )
+    vertices, faces = mesh.vertices, mesh.faces
+    cell = float(np.ptp(vertices, axis=0).max()) / FIRST_CELLS
+    while len(faces) > max_faces:
+        vertices, faces = fast_simplification.simplify(
+            np.asarray(vertices, np.float32), np.asarray(faces, np.int32), target_count=max_faces
+        )
+        if len(faces) > max_faces:
+            vertices, faces = _joined(np.asarray(vertices, np.float64), faces, cell)
+            cell *= 2
+    if not len(faces):
+        raise ValueError(f"a mesh of {len(mesh.faces):,} faces cannot be brought down to {max_faces}.")
     return trimesh.Trimesh(vertices, faces, process=False)
+
+
+def _joined(vertices: NDArray[Any], faces: NDArray[Any], cell: float) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Join the vertices [v, 3] of each cubic cell to their mean; faces [f, 3] that lose a corner, or are there twice, go."""
+    _, owner = np.unique(np.floor(vertices / cell).astype(np.int64), axis=0, return_inverse=True)
+    owner = owner.reshape(-1)
+    means = np.stack([np.bincount(owner, axis) for axis in vertices.T], axis=1) / np.bincount(owner)[:, None]
+    faces = owner[faces]
+    faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
+    _, first = np.unique(np.sort(faces, axis=1), axis=0, return_index=True)
+    return means, faces[np.sort(first)]

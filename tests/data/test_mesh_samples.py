@@ -58,6 +58,17 @@ def test_augmented_meshes_stay_inside_and_differ() -> None:
     np.testing.assert_allclose(augmented(box.vertices, Augmentation()), centred_box(box.vertices))
 
 
+def test_quarter_turns_leave_boxes_along_the_axes() -> None:
+    box, rng, sides = trimesh.creation.box((1, 2, 3)), np.random.default_rng(0), set()
+    for _ in range(20):
+        draw = Augmentation.draw(rng, "quarter", 0.0)
+        moved = augmented(box.vertices, draw)
+        assert all(len(np.unique(axis)) == 2 for axis in moved.T), "exactly two positions a side"
+        np.testing.assert_array_equal(moved.min(0), -moved.max(0), "centred")
+        sides.add(round(draw.angle / (np.pi / 2), 6))
+    assert sides == {0, 1, 2, 3}
+
+
 def test_points_lie_on_the_surface_in_proportion_to_area() -> None:
     box, rng = trimesh.creation.box((1, 2, 4)), np.random.default_rng(0)
     points, normals = points_on_faces(box.vertices, box.faces, rng.random(4000), rng.random((4000, 2)))

@@ -170,6 +170,11 @@ def test_floaters_go_and_budgets_hold() -> None:
     assert len(without_floaters(both, 0.0).faces) == len(both.faces)
     assert len(decimated(big, 200).faces) <= 200
     assert decimated(small, 200) is small
+    plates = [trimesh.creation.box((1, 1, 0.004)).subdivide_to_size(0.05) for _ in range(3)]  # thin walls, at which quadrics alone stop
+    for plate, turn in zip(plates, ([1, 0, 0], [0, 1, 0], [1, 1, 0]), strict=True):
+        plate.apply_transform(trimesh.transformations.rotation_matrix(0.7, turn))
+    thin = decimated(trimesh.util.concatenate(plates), 100)
+    assert 0 < len(thin.faces) <= 100 and np.ptp(thin.vertices, axis=0).max() > 0.9
     with pytest.raises(ValueError, match="at least 4"):
         decimated(big, 3)
 
