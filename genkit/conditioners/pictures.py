@@ -89,7 +89,7 @@ def recentred(rgba: NDArray[np.uint8], border: float = BORDER) -> tuple[NDArray[
     side = max(rgba.shape[:2])
     factor = int(side * (1 - border)) / max(part.shape[:2])
     height, width = (max(1, int(length * factor)) for length in part.shape[:2])
-    part = np.einsum("ia,jb,abc->ijc", area_weights(part.shape[0], height), area_weights(part.shape[1], width), part)
+    part = np.einsum("ia,jb,abc->ijc", area_weights(part.shape[0], height), area_weights(part.shape[1], width), part, optimize=True)
     canvas = np.zeros((side, side, 4))
     y, x = (side - height) // 2, (side - width) // 2
     canvas[y : y + height, x : x + width] = part.round().clip(0, 255)
