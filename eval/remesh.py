@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="shapes to look at, evenly spread over the data (default: all)")
     parser.add_argument("--points", type=int, default=20_000, help="on each surface; with few no edges are found (default: %(default)s)")
     parser.add_argument("--sample", action="store_true", help="draw tokens")
+    parser.add_argument("--candidates", type=int, default=1, help="draw so many and keep the nearest to the shape (default: %(default)s)")
     parser.add_argument("--no-grammar", action="store_true", help="let illegal sequences through")
     parser.add_argument("--sheet", type=Path, help="picture of 24 shapes")
     parser.add_argument("--json", action="store_true")
@@ -51,11 +52,12 @@ def main() -> None:
     ways: dict[str, dict[str, list[float]]] = {name: {key: [] for key in METRICS} for name in ("genkit", "decimated", "dense")}
     rows: list[list[Any]] = [[], [], []]
     reports, seconds = [], []
-    budget = {} if args.no_grammar else {"max_faces": args.max_faces}
+    options = {"candidates": args.candidates, "do_sample": args.sample, "use_grammar": not args.no_grammar}
+    options |= {} if args.no_grammar else {"max_faces": args.max_faces}
     for seed, mesh in enumerate(meshes):
         artist, _, _ = normalised(mesh)
         began = time.perf_counter()
-        output = pipe(artist, do_sample=args.sample, use_grammar=not args.no_grammar, generator=[seed], **budget)
+        output = pipe(artist, generator=[seed], **options)
         seconds.append(time.perf_counter() - began)
         reports.append(output.reports[0])
         if not output.reports[0].faces:

@@ -22,7 +22,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from genkit.checks import choose
-from genkit.data.mesh_augment import NormalisedPoints, normalised_points
+from genkit.data.mesh_augment import POINT_LIMIT, NormalisedPoints, normalised_points
 from genkit.data.surfaces import uniform_points
 from genkit.generators.mesh_transformer import MeshTransformer
 from genkit.pipelines.base import Callback, GenPipeline, check_sampling, samples_at_once_or_default
@@ -73,7 +73,7 @@ class MeshOutput(BaseOutput):
         meshes: list of `trimesh.Trimesh`, at the places and sizes of the given shapes.
         tokens: of each mesh, [t] int64.
         reports: of each mesh.
-        seeds: of each mesh.
+        seeds: of each mesh; with candidates that of the one kept.
     """
 
     meshes: list[Any]
@@ -142,6 +142,7 @@ class MeshAnythingPipeline(GenPipeline):
         on_illegal: str = "repair",
         shell_depth: int | None = None,
         num_images_per_prompt: int = 1,
+        candidates: int = 1,
         generator: Seeds = None,
         samples_at_once: int | None = None,
         callback_on_step_end: Callback | None = None,
@@ -160,6 +161,8 @@ class MeshAnythingPipeline(GenPipeline):
             on_illegal: what to do with an illegal sequence: "raise", "repair" and count, or "official".
             shell_depth: sample the points on a new surface around the mesh, of 2^depth grid points a side; None leaves the mesh as it is.
             num_images_per_prompt: meshes per shape.
+            candidates: meshes that are drawn for each one returned: the one nearest to the given surface (Chamfer distance). The first is
+                that of a call without candidates.
             generator: int or `torch.Generator` that draws one seed per mesh, or a list of seeds, one per mesh; of the points too.
             samples_at_once: meshes that are evaluated together; None: one on a CPU, all elsewhere.
             callback_on_step_end: called as callback(pipe, index, timestep, fields) after each id.
@@ -175,11 +178,15 @@ class MeshAnythingPipeline(GenPipeline):
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
         sampling = TokenSampling(temperature, top_k, top_p, do_sample, face_target, face_bias)
         check_sampling(1, num_images_per_prompt, 1.0)
+        if candidates < 1 or (candidates > 1 and not do_sample):
+            raise ValueError(f"candidates must be at least 1, and more need do_sample=True, got {candidates} with do_sample={do_sample}.")
         shapes = [item for item in as_shapes(shape) for _ in range(num_images_per_prompt)]
         seeds = resolve_seeds(generator, len(shapes))
         clouds = [self.points(item, seed, shell_depth) for item, seed in zip(shapes, seeds, strict=True)]
+        clouds = [cloud for cloud in clouds for _ in range(candidates)]
+        drawn = [other for seed in seeds for other in (seed, *(resolve_seeds(seed, candidates - 1) if candidates > 1 else ()))]
         run, features = self.prepare(clouds, sampling, max_faces, max_tokens, use_grammar, samples_at_once)
-        last = self.drain(loop(run, seeds), run.limit, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        last = self.drain(loop(run, drawn), run.limit, callback_on_step_end, callback_on_step_end_tensor_inputs)
         found = self.decode(last.sample, features, on_illegal)
         results = [self._finish(item, cloud) for item, cloud in zip(found, clouds, strict=True)]
         tokens = sequences(last.sample)
@@ -188,7 +195,16 @@ class MeshAnythingPipeline(GenPipeline):
             for (mesh, clean), own, item, done in zip(results, tokens, found, last.is_done, strict=True)
         ]
         self.maybe_free_model_hooks()
-        return MeshOutput(meshes=[mesh for mesh, _ in results], tokens=tokens, reports=reports, seeds=seeds)
+        kept = list(range(len(drawn)))
+        if candidates > 1:
+            misfits = [misfit(mesh, cloud) for (mesh, _), cloud in zip(results, clouds, strict=True)]
+            kept = [min(range(i, i + candidates), key=misfits.__getitem__) for i in range(0, len(drawn), candidates)]
+        return MeshOutput(
+            meshes=[results[i][0] for i in kept],
+            tokens=[tokens[i] for i in kept],
+            reports=[reports[i] for i in kept],
+            seeds=[drawn[i] for i in kept],
+        )
 
     def iterate(
         self,
@@ -371,6 +387,17 @@ def as_shapes(shape: MeshPrompt | Sequence[MeshPrompt]) -> list[Any]:
     if not found:
         raise ValueError("there is no shape; give a mesh, or points with normals [p, 6].")
     return found
+
+
+def misfit(mesh: Any, cloud: NormalisedPoints) -> float:
+    """Return the Chamfer distance between a mesh and the points it stands for, both directions added; infinite without faces."""
+    from scipy.spatial import cKDTree
+
+    if not len(mesh.faces):
+        return float("inf")
+    points = cloud.back(cloud.points[:, :3].astype(np.float64) / (2 * POINT_LIMIT))
+    own, _ = uniform_points(mesh, len(points), np.random.default_rng(0))
+    return float(cKDTree(own).query(points)[0].mean() + cKDTree(points).query(own)[0].mean())
 
 
 def turned_faces(

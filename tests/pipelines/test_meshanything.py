@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from genkit import convert
 from genkit.convert import mesh_vq, meshanything, michelangelo
 from genkit.pipelines.base import GenPipeline
-from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, sequences
-from genkit.pipelines.meshanything import MeshAnythingPipeline, turned_faces
+from genkit.pipelines.mesh_loop import SequenceWriter, TokenSampling, loop, sequences
+from genkit.pipelines.meshanything import MeshAnythingPipeline, misfit, turned_faces
+from genkit.pipelines.seeds import resolve_seeds
 from genkit.pipelines.surface_shell import surface_shell
 from genkit.pipelines.token_draws import inverse_cdf
 from genkit.tokenizers.mesh_tokens import EOS
@@ -52,6 +53,24 @@ def test_a_mesh_depends_on_its_own_seed_only(pipe: MeshAnythingPipeline) -> None
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(together.tokens[3], alone.tokens[0])
     assert any(len(together.tokens[0]) != len(tokens) or (together.tokens[0] != tokens).any() for tokens in together.tokens[1:])
+
+
+def test_the_nearest_of_some_candidates_is_kept(pipe: MeshAnythingPipeline) -> None:
+    out = pipe([BOX, CLOUD], do_sample=True, candidates=4, generator=[1, 2])
+    clouds = [pipe.points(shape, seed) for shape, seed in ((BOX, 1), (CLOUD, 2))]
+    for place, seed in enumerate((1, 2)):
+        drawn = [seed, *resolve_seeds(seed, 3)]
+        run, features = pipe.prepare([clouds[place]] * 4, TokenSampling(do_sample=True), None, None, True, None)
+        *_, last = loop(run, drawn)
+        meshes = [pipe._finish(item, clouds[place])[0] for item in pipe.decode(last.sample, features, "raise")]
+        best = int(np.argmin([misfit(mesh, clouds[place]) for mesh in meshes]))
+        np.testing.assert_array_equal(out.meshes[place].vertices, meshes[best].vertices)
+        assert out.seeds[place] == drawn[best]
+    assert misfit(BOX, clouds[0]) < 0.5 * misfit(trimesh.creation.box((0.1, 0.1, 3)), clouds[0])
+    assert misfit(trimesh.Trimesh(), clouds[0]) == np.inf
+    for count in (0, 2):
+        with pytest.raises(ValueError, match="candidates must be at least 1"):
+            pipe(BOX, candidates=count)
 
 
 def test_budgets_and_targets_of_faces(pipe: MeshAnythingPipeline) -> None:
