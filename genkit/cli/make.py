@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from genkit.cli import generate, shape
 from genkit.cli._models import check_model
 from genkit.cli._output import add_json, positive, print_json
 from genkit.cli._sampling import check_out_folder, seed
-from genkit.cli.generate import DEFAULT_MODEL
 
 HELP = "make an asset from a prompt: picture, shape, low-poly mesh, turntable"
 
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompt", help="what to make; quote it")
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the files; what is done there already is not done again")
-    add("--image-model", default=DEFAULT_MODEL, help="text to picture (default: %(default)s)")
-    add("--shape-model", required=True, help="picture to shape")
+    add("--image-model", default=generate.DEFAULT_MODEL, help="text to picture (default: %(default)s)")
+    add("--shape-model", default=shape.DEFAULT_MODEL, help="picture to shape (default: %(default)s)")
     add("--mesh-model", required=True, help="shape to low-poly mesh")
     add("--max-faces", type=positive, metavar="N", help="of the low-poly mesh (default: the model's)")
     add("--seed", type=seed, default=0, metavar="N", help="of every stage (default: %(default)s)")

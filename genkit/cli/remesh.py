@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--top-p", type=float, default=0.95, metavar="P", help="draw among the most probable that make up this share (default: %(default)s)"
     )
+    add("--candidates", type=positive, default=1, metavar="N", help="draw so many and keep the nearest to the shape; needs --sample")
     add("--no-grammar", action="store_true", help="let illegal sequences through, as the released code does")
     add("--preview", type=Path, metavar="FILE", help="views of both, the shape above, a .png, or a turning .gif (default: beside the mesh)")
     add_running(parser, "points and drawing")
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     loaded = time.perf_counter()
     output = pipe(
         original, max_faces=args.max_faces, face_target=args.face_target, shell_depth=args.shell_depth, do_sample=args.sample,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, use_grammar=not args.no_grammar, generator=[args.seed],
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, use_grammar=not args.no_grammar,
+        candidates=args.candidates, generator=[args.seed],
     )  # fmt: skip
     done = time.perf_counter()
     mesh, report = output.meshes[0], output.reports[0]

@@ -13,6 +13,7 @@ from genkit.cli._sampling import add_sampling, choose_seeds, load_pipeline, samp
 
 HELP = "make a mesh from a picture, from views or from text"
 
+DEFAULT_MODEL = "genkit/shape-lowpoly"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SIDES = ("front", "left", "back", "right")
 
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="a picture file (object on a plain or transparent background), a text, or with --views one picture per side",
     )
-    add("--model", required=True, help="packaged name, folder or official file, see `genkit list`")
+    add("--model", default=DEFAULT_MODEL, help="packaged name, folder or official file, see `genkit list` (default: %(default)s)")
     add("--views", nargs="+", choices=SIDES, help="the sides that the pictures show, in their order; they are one object then")
     add("--num-shapes", type=positive, default=1, metavar="N", help="shapes per prompt (default: %(default)s)")
     add("--out", type=Path, default=Path("shape.glb"), metavar="FILE", help="mesh to write; several are numbered (default: %(default)s)")
