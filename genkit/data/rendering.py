@@ -156,7 +156,7 @@ def _draw(
     with np.errstate(divide="ignore", invalid="ignore"):
         u = ((bx - px) * (cy - py) - (cx - px) * (by - py)) / area
         v = ((cx - px) * (ay - py) - (ax - px) * (cy - py)) / area
-    w = 1 - u - v
+        w = 1 - u - v
     inside = (u >= 0) & (v >= 0) & (w >= 0)
     face, sample = face[inside], (py * side + px)[inside]
     height = u[inside] * z[face, 0] + v[inside] * z[face, 1] + w[inside] * z[face, 2]
