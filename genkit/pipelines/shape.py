@@ -83,6 +83,7 @@ class ShapePipeline(ShapePipelineBase):
         condition_size: side of the cut-out pictures.
         octree_resolution, decoder, head: used when a call gives none.
         num_inference_steps, guidance_scale: used when a call gives none; 1 = off.
+        takes_views: whether prompts may be several views of an object; False for models that have learned from single pictures alone.
 
     Raises:
         ValueError: if the components do not fit together.
@@ -107,6 +108,7 @@ class ShapePipeline(ShapePipelineBase):
         head: str = "base",
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
+        takes_views: bool = True,
     ) -> None:
         super().__init__()
         width, latent = transformer.config["context_in_dim"], transformer.config["in_channels"]
@@ -125,7 +127,7 @@ class ShapePipeline(ShapePipelineBase):
         self.register_modules(transformer=transformer, vae=vae, slim_vae=slim_vae, scheduler=scheduler, **encoders)
         self.register_to_config(
             condition_size=condition_size, octree_resolution=octree_resolution, decoder=decoder, head=head,
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, takes_views=takes_views,
         )  # fmt: skip
 
     @property
@@ -263,6 +265,10 @@ class ShapePipeline(ShapePipelineBase):
         Raises:
             TypeError: for prompts of other types. ValueError: for prompts that the model has no encoder for, or that show nothing.
         """
+        if views is not None and not self.config["takes_views"]:
+            raise ValueError(
+                f"this model takes one picture of an object, got views={list(views)}; leave views out, or use a model of views."
+            )
         prompts = as_shape_prompts(prompt, views)
         found = []
         for item in prompts:

@@ -268,7 +268,7 @@ class ShapeDistillTask(Task):
         parts = {**self.pipe.components, "transformer": student}
         if self.config.stage != "guidance":
             parts["scheduler"] = self.scheduler
-        own = {name: self.pipe.config[name] for name in ("condition_size", "octree_resolution", "decoder", "head")}
+        own = {name: self.pipe.config[name] for name in ("condition_size", "octree_resolution", "decoder", "head", "takes_views")}
         if self.config.stage != "guidance" and self.pipe.slim_vae is not None:
             own["head"] = "slim"
         steps = self.pipe.config["num_inference_steps"] if self.config.stage == "guidance" else self.config.num_inference_steps

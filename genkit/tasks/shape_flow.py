@@ -221,6 +221,7 @@ class ShapeFlowTask(Task):
             decoder="hierarchical",
             num_inference_steps=c.sampling_steps,
             guidance_scale=c.guidance_scale,
+            takes_views=False,
         )
 
     def sample(self, batch: dict[str, Tensor], ctx: StepContext) -> dict[str, Tensor]:

@@ -99,6 +99,10 @@ def test_bad_calls_say_what_is_wrong(pipe: ShapePipeline) -> None:
         pipe([object_picture(), object_picture()], views=["front"])
     with pytest.raises(ValueError, match="Did you mean 'front'"):
         pipe([object_picture()], views=["frnt"])
+    pipe.register_to_config(takes_views=False)
+    with pytest.raises(ValueError, match="takes one picture of an object"):
+        pipe([object_picture()], views=["front"])
+    pipe.register_to_config(takes_views=True)
     with pytest.raises(TypeError, match="several views of one object give views="):
         pipe([[object_picture(), object_picture()]])
     with pytest.raises(ValueError, match="num_inference_steps .* got 0, 1"):
