@@ -47,7 +47,9 @@ def test_normal_consistency_with_and_without_orientation() -> None:
     assert shapes.normal_consistency(points, normals, points, -normals, signed=True) == pytest.approx(-1, rel=1e-6)
 
 
-def test_only_points_near_edges_are_edge_points() -> None:
+@pytest.mark.parametrize("pairs", [1, 50, 10**6])
+def test_only_points_near_edges_are_edge_points(monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
+    monkeypatch.setattr(shapes, "PAIRS_AT_ONCE", pairs)
     grid = torch.stack(torch.meshgrid(torch.linspace(0, 1, 21), torch.linspace(0, 1, 21), indexing="ij"), -1).view(-1, 2)
     floor, wall = torch.cat([grid, torch.zeros(441, 1)], 1), torch.stack([torch.zeros(441), grid[:, 0], grid[:, 1]], 1)
     normals = torch.cat([torch.tensor([[0.0, 0, 1]]).expand(441, 3), torch.tensor([[1.0, 0, 0]]).expand(441, 3)])
