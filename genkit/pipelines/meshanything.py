@@ -301,7 +301,9 @@ class MeshAnythingPipeline(GenPipeline):
             limit = min(limit, 9 * most + 2)
         at_once = samples_at_once_or_default(samples_at_once, self._execution_device)
         dtype, device = self.point_encoder.query.dtype, self._execution_device
-        encoded = [self.point_encoder(torch.from_numpy(cloud.points[None]).to(device, dtype)) for cloud in clouds]
+        distinct = {id(cloud): cloud for cloud in clouds}  # candidates share theirs
+        found = {key: self.point_encoder(torch.from_numpy(cloud.points[None]).to(device, dtype)) for key, cloud in distinct.items()}
+        encoded = [found[id(cloud)] for cloud in clouds]
         features = PointFeatures(
             tokens=torch.cat([part.tokens for part in encoded]), shape_tokens=torch.cat([part.shape_tokens for part in encoded])
         )
