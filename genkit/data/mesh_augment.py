@@ -86,6 +86,15 @@ def condition_points(
     return np.concatenate([points.clip(-POINT_LIMIT, POINT_LIMIT), normals], axis=1).astype(np.float16)
 
 
+def rough_points(points: NDArray[np.float16], noise: float, rng: np.random.Generator) -> NDArray[np.float16]:
+    """Return condition points [p, 6] with Gaussian noise of that standard deviation; unit normals with ten times as much."""
+    draws = rng.normal(size=points.shape) * noise
+    positions = (points[:, :3] + draws[:, :3]).clip(-POINT_LIMIT, POINT_LIMIT)
+    normals = points[:, 3:] + 10 * draws[:, 3:]
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-6)
+    return np.concatenate([positions, normals], axis=1).astype(np.float16)
+
+
 @dataclass(frozen=True)
 class NormalisedPoints:
     """Points as an encoder takes them, and the way back.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genkit.data.mesh_augment import SHIFT, Augmentation, Turns, augmented, condition_points
+from genkit.data.mesh_augment import SHIFT, Augmentation, Turns, augmented, condition_points, rough_points
 from genkit.data.mesh_samples import MeshBounds, MeshSamples, StoredMesh
 from genkit.tokenizers.mesh_tokens import BINS, CanonicalMesh, canonical, quantised
 from genkit.tokenizers.point_encoder import PointEncoder
@@ -36,6 +36,8 @@ class MeshTaskConfig:
         augment: scale, turn and shift meshes.
         turns: about y: by any angle as published, or by quarters, for assets that lie along the axes.
         shift: largest shift of a mesh whose longest side is 1; 0 centres it, as the pipeline does.
+        point_noise: each mesh's points are as rough as a standard deviation drawn between 0 and this, where shapes span 2; normals ten
+            times as much. For surfaces that are scanned or generated.
         seed: of the initial weights.
         point_encoder: of `PointEncoder`, to learn along.
         pretrained_point_encoder: folder of one that stays as it is, instead.
@@ -51,6 +53,7 @@ class MeshTaskConfig:
     augment: bool = True
     turns: Turns = "any"
     shift: float = SHIFT
+    point_noise: float = 0.0
     seed: int = 0
     point_encoder: dict[str, Any] = field(default_factory=dict)
     pretrained_point_encoder: str | None = None
@@ -67,6 +70,8 @@ class MeshTaskConfig:
             raise ValueError("give either point_encoder (to learn along) or pretrained_point_encoder.")
         if not 0 <= self.shift < 1:
             raise ValueError(f"shift must lie in [0, 1), got {self.shift}.")
+        if not 0 <= self.point_noise < 1:
+            raise ValueError(f"point_noise must lie in [0, 1), got {self.point_noise}.")
         if self.num_points < 1 or self.bins < 2:
             raise ValueError(f"num_points must be at least 1 and bins at least 2, got {self.num_points} and {self.bins}.")
 
@@ -115,6 +120,8 @@ class MeshDraws:
         found = (self._quantised(stored, draw) for draw in draws)
         mesh = next((mesh for mesh in found if self._learnable(mesh, stored)), None) or self._quantised(stored, Augmentation())
         points = condition_points(mesh.positions(bins), mesh.faces, rng.random(count), rng.random((count, 2)))
+        if noise := self.config.point_noise:
+            points = rough_points(points, rng.uniform(0, noise), rng)
         return MeshItem(mesh, points)
 
     def _quantised(self, stored: StoredMesh, draw: Augmentation) -> CanonicalMesh:

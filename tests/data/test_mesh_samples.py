@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import trimesh
 
-from genkit.data.mesh_augment import Augmentation, augmented, centred_box, condition_points, normalised_points, points_on_faces
+from genkit.data.mesh_augment import (
+    Augmentation,
+    augmented,
+    centred_box,
+    condition_points,
+    normalised_points,
+    points_on_faces,
+    rough_points,
+)
 from genkit.data.mesh_samples import MeshBounds, MeshSamples, welded
 
 
@@ -79,6 +87,19 @@ def test_points_lie_on_the_surface_in_proportion_to_area() -> None:
     assert rows.dtype == np.float16 and np.abs(rows[:, :3]).max() <= 1
     with pytest.raises(ValueError, match="no area"):
         points_on_faces(np.zeros((3, 3)), np.array([[0, 1, 2]]), rng.random(5), rng.random((5, 2)))
+
+
+def test_rough_points_are_as_rough_as_asked_with_normals_of_length_one() -> None:
+    box, rng = trimesh.creation.box((1, 2, 4)), np.random.default_rng(0)
+    rows = condition_points(centred_box(box.vertices), box.faces, rng.random(2000), rng.random((2000, 2)))
+    np.testing.assert_allclose(rough_points(rows, 0.0, rng), rows, atol=1e-3)
+    rough = rough_points(rows, 0.02, rng)
+    moved = (rough - rows).astype(float)
+    inside = np.abs(rows[:, :3]).max(1) < 0.9  # no coordinate is cut
+    assert rough.dtype == np.float16 and np.abs(rough[:, :3]).max() <= 1
+    assert moved[inside, :3].std() == pytest.approx(0.02, rel=0.1)
+    np.testing.assert_allclose(np.linalg.norm(rough[:, 3:].astype(float), axis=1), 1, atol=2e-3)
+    assert moved[:, 3:].std() == pytest.approx(0.2 * (2 / 3) ** 0.5, rel=0.1)  # what is left across the normals
 
 
 def test_points_come_back_to_their_place() -> None:

@@ -84,6 +84,18 @@ def test_ids_of_a_step_are_legal_sequences_and_differ_from_step_to_step(meshes: 
     assert torch.equal(one, other)
 
 
+def test_rough_points_belong_to_the_same_meshes(meshes: str) -> None:
+    batch = {"index": torch.tensor([0, 1, 1])}
+    clean, rough = (mesh_generation.build(settings(meshes, point_noise=noise)).draws.items(batch, context()) for noise in (0.0, 0.1))
+    moved = []
+    for one, other in zip(clean, rough, strict=True):
+        assert (one.mesh.faces == other.mesh.faces).all() and (one.mesh.vertices == other.mesh.vertices).all()
+        moved.append(abs(one.points - other.points)[:, :3].mean())
+    assert 0 < min(moved) < max(moved) < 0.1, "each as rough as its own draw"
+    with pytest.raises(ValueError, match="point_noise"):
+        settings(meshes, point_noise=-1.0)
+
+
 def test_groups_of_like_length_have_the_loss_of_the_whole_batch(meshes: str) -> None:
     found = []
     for groups in (1, 2):
