@@ -23,6 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape-model", default=shape.DEFAULT_MODEL, help="picture to shape (default: %(default)s)")
     add("--mesh-model", required=True, help="shape to low-poly mesh")
     add("--max-faces", type=positive, metavar="N", help="of the low-poly mesh (default: the model's)")
+    add(
+        "--candidates",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="low-poly meshes to draw and keep the nearest to the shape of; 1 takes the most probable tokens (default: %(default)s)",
+    )
     add("--seed", type=seed, default=0, metavar="N", help="of every stage (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     add_json(parser)
@@ -35,7 +42,14 @@ def run(args: argparse.Namespace) -> int:
     from genkit.pipelines.chain import NOTES, ChainConfig, StageNote, make_asset
 
     config = ChainConfig(
-        args.prompt, args.image_model, args.shape_model, args.mesh_model, args.seed, args.max_faces, pick_device(args.device)
+        args.prompt,
+        args.image_model,
+        args.shape_model,
+        args.mesh_model,
+        args.seed,
+        args.max_faces,
+        args.candidates,
+        pick_device(args.device),
     )
 
     def tell(name: str, note: StageNote, is_old: bool) -> None:

@@ -31,6 +31,7 @@ class ChainConfig:
         image_model, shape_model, mesh_model: names or folders of pipelines.
         seed: of every stage.
         max_faces: of the low-poly mesh; None: the model's own.
+        candidates: low-poly meshes that are drawn, of which the nearest to the shape is kept; 1 takes the most probable tokens instead.
         device: of the pipelines.
     """
 
@@ -40,6 +41,7 @@ class ChainConfig:
     mesh_model: str
     seed: int = 0
     max_faces: int | None = None
+    candidates: int = 8
     device: str = "cpu"
 
 
@@ -84,7 +86,10 @@ def make_asset(config: ChainConfig, out: Path, tell: Tell = lambda name, note, i
     stages: dict[str, tuple[dict[str, Any], Callable[[Path], dict[str, Any]]]] = {
         "picture": ({"model": config.image_model, "prompt": config.prompt}, lambda path: _picture(config, path)),
         "shape": ({"model": config.shape_model}, lambda path: _shape(config, out / FILES["picture"], path)),
-        "mesh": ({"model": config.mesh_model, "max_faces": config.max_faces}, lambda path: _mesh(config, out / FILES["shape"], path)),
+        "mesh": (
+            {"model": config.mesh_model, "max_faces": config.max_faces, "candidates": config.candidates},
+            lambda path: _mesh(config, out / FILES["shape"], path),
+        ),
         "turntable": ({"views": VIEWS, "size": SIZE}, lambda path: _turntable(out / FILES["mesh"], path)),
     }
     digest = ""
@@ -154,7 +159,8 @@ def _mesh(config: ChainConfig, shape: Path, path: Path) -> dict[str, Any]:
     import trimesh
 
     pipe = _open(config.mesh_model, config, "point_encoder", "meshes of shapes")
-    output = pipe(trimesh.load(shape, force="mesh"), max_faces=config.max_faces, generator=[config.seed])
+    drawing = {"candidates": config.candidates, "do_sample": config.candidates > 1}
+    output = pipe(trimesh.load(shape, force="mesh"), max_faces=config.max_faces, generator=[config.seed], **drawing)
     output.meshes[0].export(path)
     report = output.reports[0]
     return {"faces": report.faces, "tokens": report.tokens, "complete": report.is_complete}

@@ -44,6 +44,10 @@ def test_a_prompt_becomes_files_once(models: list[str], tmp_path: Path, capsys: 
     other = make(capsys, "--out", str(out), "--max-faces", "2", *models)
     changed = {name for name, before in times.items() if (out / name).stat().st_mtime_ns != before}
     assert changed == {"mesh.glb", "turntable.gif"} and other["stages"]["mesh"]["faces"] <= 2
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    make(capsys, "--out", str(out), "--max-faces", "2", "--candidates", "1", *models)
+    assert {name for name in ("picture.png", "shape.glb") if (out / name).stat().st_mtime_ns != times[name]} == set()
+    assert json.loads((out / "make.json").read_text())["stages"]["mesh"]["made_with"]["candidates"] == 1
     (out / "shape.glb").unlink()
     make(capsys, "--out", str(out), "--max-faces", "2", *models)
     assert (out / "shape.glb").is_file()
