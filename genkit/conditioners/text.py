@@ -33,7 +33,16 @@ class EncodedText:
     pooled: Tensor
 
 
-def encode_text(texts: Sequence[str], tokenizer: Any, text_encoder: Any) -> EncodedText:
+def warn_of_long(texts: Sequence[str], tokenizer: Any) -> None:
+    """Log how many of some texts are longer than the encoder reads, and which."""
+    length = tokenizer.model_max_length
+    long = [text for text in texts if len(tokenizer(text).input_ids) > length]
+    if long:
+        shown = ", ".join(map(repr, long[:MAX_TEXTS_SHOWN])) + (", ..." if len(long) > MAX_TEXTS_SHOWN else "")
+        logger.warning("%d of %d prompts cut to %d tokens, the most the text encoder takes: %s", len(long), len(texts), length, shown)
+
+
+def encode_text(texts: Sequence[str], tokenizer: Any, text_encoder: Any, warn: bool = True) -> EncodedText:
     """Run a CLIP-like text encoder.
 
     Every text is padded to the tokenizer's `model_max_length`, so that a result does not depend on the other texts.
@@ -42,14 +51,17 @@ def encode_text(texts: Sequence[str], tokenizer: Any, text_encoder: Any) -> Enco
         texts: b texts.
         tokenizer: of the encoder.
         text_encoder: module with `last_hidden_state` and `text_embeds`, as `CLIPTextModelWithProjection`.
+        warn: log which texts are cut.
     """
-    length = tokenizer.model_max_length
-    long = [text for text in texts if len(tokenizer(text).input_ids) > length]
-    if long:
-        shown = ", ".join(map(repr, long[:MAX_TEXTS_SHOWN])) + (", ..." if len(long) > MAX_TEXTS_SHOWN else "")
-        logger.warning("%d of %d prompts cut to %d tokens, the most the text encoder takes: %s", len(long), len(texts), length, shown)
+    if warn:
+        warn_of_long(texts, tokenizer)
     batch = tokenizer(
-        list(texts), padding="max_length", max_length=length, truncation=True, return_attention_mask=True, return_tensors="pt"
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
     )
     device = next(text_encoder.parameters()).device
     mask = batch.attention_mask.to(device)

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from genkit.conditioners.text import EncodedText, encode_text
+from genkit.conditioners.text import EncodedText, encode_text, warn_of_long
 from genkit.data.images import ImageFolderDataset
 from genkit.data.prompts import PromptBuilder
 from genkit.data.views import ViewDataset
@@ -121,8 +121,9 @@ class PromptTable:
 
 def text_table(folder: Path, prompts: Sequence[Sequence[str]], tokenizer: Any, encoder: nn.Module) -> PromptTable:
     """Return the table of prompts under a text encoder, encoding them if it is not there yet."""
+    warn_of_long(list(dict.fromkeys(text for row in prompts for text in row)), tokenizer)
     key = f"{weights_hash(encoder)}:{tokenizer.backend_tokenizer.to_str()}:{tokenizer.model_max_length}"
-    return build_prompt_table(folder, prompts, key, lambda texts: encode_text(texts, tokenizer, encoder))
+    return build_prompt_table(folder, prompts, key, lambda texts: encode_text(texts, tokenizer, encoder, warn=False))
 
 
 def build_prompt_table(
