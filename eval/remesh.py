@@ -1,6 +1,6 @@
 """Artist-like meshes of real shapes: how near they are to the artist's own, and to what quadric decimation leaves of the dense shape.
 
-    python eval/remesh.py --model genkit/meshanything-lowpoly --data data/lowpoly/test.parquet --max-faces 200 --sheet sheet.png
+    python eval/remesh.py --model FOLDER --data data/lowpoly/test.parquet --max-faces 200 --sheet sheet.png
 
 The shape is the artist's mesh, known by points of its surface. `decimated` closes it first (marching cubes of the distance, as
 `shell_depth` does) and then takes away faces until it has as many as our mesh; `dense` is what it starts from. Valid: the sequence ended
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--max-faces", type=int, default=200, help="of the artists' meshes, and of ours (default: %(default)s)")
     parser.add_argument("--count", type=int, default=10_000, help="shapes to look at, evenly spread over the data (default: all)")
     parser.add_argument("--points", type=int, default=20_000, help="on each surface; with few no edges are found (default: %(default)s)")
-    parser.add_argument("--sample", action="store_true", help="draw tokens")
-    parser.add_argument("--candidates", type=int, default=1, help="draw so many and keep the nearest to the shape (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, help="drawn, the nearest is kept; 1: most probable tokens (default: the model's)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the drawing (default: %(default)s)")
     parser.add_argument("--no-grammar", action="store_true", help="let illegal sequences through")
     parser.add_argument("--sheet", type=Path, help="picture of 24 shapes")
     parser.add_argument("--json", action="store_true")
@@ -52,7 +52,7 @@ def main() -> None:
     ways: dict[str, dict[str, list[float]]] = {name: {key: [] for key in METRICS} for name in ("genkit", "decimated", "dense")}
     rows: list[list[Any]] = [[], [], []]
     reports, seconds = [], []
-    options = {"candidates": args.candidates, "do_sample": args.sample, "use_grammar": not args.no_grammar}
+    options = {"candidates": args.candidates, "temperature": args.temperature, "use_grammar": not args.no_grammar}
     options |= {} if args.no_grammar else {"max_faces": args.max_faces}
     for seed, mesh in enumerate(meshes):
         artist, _, _ = normalised(mesh)

@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--candidates",
         type=positive,
-        default=8,
         metavar="N",
-        help="low-poly meshes to draw and keep the nearest to the shape of; 1 takes the most probable tokens (default: %(default)s)",
+        help="low-poly meshes to draw and keep the nearest to the shape of; 1 takes the most probable tokens (default: the model's)",
     )
     add("--seed", type=seed, default=0, metavar="N", help="of every stage (default: %(default)s)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")

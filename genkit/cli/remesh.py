@@ -28,13 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="sample a new closed surface around the mesh, of 2^D grid points a side; 7 as published",
     )
-    add("--sample", action="store_true", help="draw tokens; else the most probable are taken")
+    add(
+        "--sample",
+        action=argparse.BooleanOptionalAction,
+        help="draw tokens, or take the most probable (default: drawn where there are several candidates)",
+    )
     add("--temperature", type=float, default=1.0, metavar="T", help="of the drawing (default: %(default)s)")
     add("--top-k", type=int, default=50, metavar="K", help="draw among so many, 0 for all (default: %(default)s)")
     add(
         "--top-p", type=float, default=0.95, metavar="P", help="draw among the most probable that make up this share (default: %(default)s)"
     )
-    add("--candidates", type=positive, default=1, metavar="N", help="draw so many and keep the nearest to the shape; needs --sample")
+    add("--candidates", type=positive, metavar="N", help="meshes to draw, of which the nearest to the shape is kept (default: the model's)")
     add("--no-grammar", action="store_true", help="let illegal sequences through, as the released code does")
     add("--preview", type=Path, metavar="FILE", help="views of both, the shape above, a .png, or a turning .gif (default: beside the mesh)")
     add_running(parser, "points and drawing")

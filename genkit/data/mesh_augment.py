@@ -29,25 +29,29 @@ class Augmentation:
         scale: of the three axes.
         angle: about y, radians.
         shift: of the three axes, before it is cut so that the mesh stays inside.
+        mirror: x is turned round, last; faces then wind the other way.
     """
 
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     angle: float = 0.0
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    mirror: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, turns: Turns = "any", shift: float = SHIFT) -> Augmentation:
-        """Draw scales, angle and shifts, in this order; as published by default.
+    def draw(cls, rng: np.random.Generator, turns: Turns = "any", shift: float = SHIFT, mirror: bool = False) -> Augmentation:
+        """Draw scales, angle and shifts, in this order, as published by default, then whether to mirror.
 
         Args:
             rng: the source.
             turns: about y by any angle, or by quarters, which leaves what lies along the axes there.
             shift: the largest.
+            mirror: half of the meshes.
         """
         scale, angle = tuple(rng.uniform(*SCALES, 3).tolist()), float(rng.uniform(0, 2 * np.pi))
         if turns == "quarter":
             angle = np.pi / 2 * (angle // (np.pi / 2))
-        return cls(scale, angle, tuple(rng.uniform(-shift, shift, 3).tolist()))
+        shifts = tuple(rng.uniform(-shift, shift, 3).tolist())
+        return cls(scale, angle, shifts, mirror and bool(rng.random() < 0.5))
 
 
 def centred_box(vertices: NDArray[Any]) -> NDArray[np.float64]:
@@ -67,14 +71,14 @@ def centred_box(vertices: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def augmented(vertices: NDArray[Any], draw: Augmentation) -> NDArray[np.float64]:
-    """Return vertices [v, 3] in [-0.5, 0.5]: scaled by axis, turned about y, boxed again, shifted as far as there is room."""
+    """Return vertices [v, 3] in [-0.5, 0.5]: scaled by axis, turned about y, boxed again, shifted as far as there is room, mirrored."""
     positions = centred_box(vertices) * np.asarray(draw.scale)
     positions -= (positions.min(0) + positions.max(0)) / 2
     x, y, z = positions.T
     cosine, sine = np.round((np.cos(draw.angle), np.sin(draw.angle)), 15)  # quarters are exact: flat faces stay flat when quantised
     turned = centred_box(np.stack([x * cosine + z * sine, y, -x * sine + z * cosine], axis=1))
     room = np.asarray(draw.shift).clip(-0.5 - turned.min(0), 0.5 - turned.max(0))
-    return (turned + room).clip(-0.5, 0.5)
+    return (turned + room).clip(-0.5, 0.5) * (-1 if draw.mirror else 1, 1, 1)
 
 
 def condition_points(

@@ -92,6 +92,51 @@ def welded(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> tuple[NDA
     return boxed[first][used], renumbered.reshape(-1, 3)
 
 
+def parts_of(
+    vertices: NDArray[np.float64], faces: NDArray[np.int64], max_faces: int
+) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """Return what a mesh is made of, as meshes of their own: its connected pieces, and groups of neighbouring ones.
+
+    A group starts at the largest piece that is in none yet and takes the nearest others that fit into `max_faces`. Pieces that have more
+    alone are left out.
+
+    Args:
+        vertices: [v, 3], welded.
+        faces: [f, 3].
+        max_faces: of a part.
+    """
+    from trimesh.graph import connected_component_labels
+
+    edges = np.concatenate([faces[:, :2], faces[:, 1:]])
+    labels = connected_component_labels(edges, node_count=len(vertices))[faces[:, 0]]
+    pieces = [faces[labels == label] for label in np.unique(labels)]
+    pieces = sorted((piece for piece in pieces if len(piece) <= max_faces), key=len, reverse=True)
+    if not pieces:
+        return []
+    centres = np.array([(vertices[piece].min((0, 1)) + vertices[piece].max((0, 1))) / 2 for piece in pieces])
+    sizes, free, groups = np.array([len(piece) for piece in pieces]), np.ones(len(pieces), bool), []
+    while free.any():
+        start = int(np.argmax(free))
+        group, total = [], 0
+        for other in np.argsort(np.linalg.norm(centres - centres[start], axis=1), kind="stable"):
+            if free[other] and total + sizes[other] <= max_faces:
+                group.append(int(other))
+                total += sizes[other]
+        free[group] = False
+        groups += [np.concatenate([pieces[i] for i in group])] if len(group) > 1 else []
+    found = []
+    for part in (*pieces, *groups):
+        used, renumbered = np.unique(part, return_inverse=True)
+        found.append((centred_box(vertices[used]), renumbered.reshape(-1, 3)))
+    return found
+
+
+def _look(vertices: NDArray[np.float64], faces: NDArray[np.int64]) -> bytes:
+    """Return what is equal for meshes that look the same to a hundredth of their size, in whatever order their faces are."""
+    corners = np.sort(np.round(vertices[faces] * 100).astype(np.int8) @ np.array([40000, 200, 1]), axis=1)
+    return corners[np.lexsort(corners.T)].tobytes()
+
+
 class MeshSamples(Dataset[dict[str, Tensor]]):
     """Meshes of a folder, parquet file or hub data set; item i is {"index"}, `meshes[i]` the mesh.
 
@@ -99,6 +144,8 @@ class MeshSamples(Dataset[dict[str, Tensor]]):
         path: see `genkit.data.shape_samples.meshes_of`.
         bounds: which to take.
         split: of a data set.
+        parts: take meshes with more than `bounds.max_faces` apart, see `parts_of`; parts that look the same are taken once.
+        whole_repeats: times that each mesh within bounds is there, so that parts do not outnumber them.
 
     Raises:
         ValueError: if none can be used.
@@ -108,8 +155,11 @@ class MeshSamples(Dataset[dict[str, Tensor]]):
         refused: reason -> how many.
     """
 
-    def __init__(self, path: str | Path, bounds: MeshBounds | None = None, split: str = "train") -> None:
+    def __init__(
+        self, path: str | Path, bounds: MeshBounds | None = None, split: str = "train", parts: bool = False, whole_repeats: int = 1
+    ) -> None:
         bounds = bounds or MeshBounds()
+        seen: set[bytes] = set()
         self.meshes: list[StoredMesh] = []
         self.refused: Counter[str] = Counter()
         for name, load in meshes_of(path, split):
@@ -120,12 +170,22 @@ class MeshSamples(Dataset[dict[str, Tensor]]):
                 self.refused[f"cannot be used: {str(error).split(';')[0][:80]}"] += 1
                 continue
             reason = bounds.refusal(len(vertices), len(faces))
-            if reason:
+            if parts and len(faces) > bounds.max_faces:
+                self._take_apart(name, vertices, faces, bounds, seen)
+            elif reason:
                 self.refused[reason] += 1
             else:
-                self.meshes.append(StoredMesh(name, vertices, faces))
+                self.meshes += [StoredMesh(name, vertices, faces)] * whole_repeats
         self.path = path
         self._report()
+
+    def _take_apart(self, name: str, vertices: NDArray[np.float64], faces: NDArray[np.int64], bounds: MeshBounds, seen: set[bytes]) -> None:
+        """Take the parts of a mesh that are within bounds and look like none `seen`."""
+        for number, (positions, corners) in enumerate(parts_of(vertices, faces, bounds.max_faces)):
+            look = _look(positions, corners)
+            if look not in seen and not bounds.refusal(len(positions), len(corners)):
+                self.meshes.append(StoredMesh(f"{name}/{number}", positions, corners))
+            seen.add(look)
 
     def keep(self, is_fit: Callable[[StoredMesh], bool], reason: str) -> None:
         """Leave out the meshes that do not fit, for a reason that is counted.

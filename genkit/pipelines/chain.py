@@ -31,7 +31,8 @@ class ChainConfig:
         image_model, shape_model, mesh_model: names or folders of pipelines.
         seed: of every stage.
         max_faces: of the low-poly mesh; None: the model's own.
-        candidates: low-poly meshes that are drawn, of which the nearest to the shape is kept; 1 takes the most probable tokens instead.
+        candidates: low-poly meshes that are drawn, of which the nearest to the shape is kept; 1 takes the most probable tokens instead;
+            None: as many as the model wants.
         device: of the pipelines.
     """
 
@@ -41,7 +42,7 @@ class ChainConfig:
     mesh_model: str
     seed: int = 0
     max_faces: int | None = None
-    candidates: int = 8
+    candidates: int | None = None
     device: str = "cpu"
 
 
@@ -159,8 +160,8 @@ def _mesh(config: ChainConfig, shape: Path, path: Path) -> dict[str, Any]:
     import trimesh
 
     pipe = _open(config.mesh_model, config, "point_encoder", "meshes of shapes")
-    drawing = {"candidates": config.candidates, "do_sample": config.candidates > 1}
-    output = pipe(trimesh.load(shape, force="mesh"), max_faces=config.max_faces, generator=[config.seed], **drawing)
+    shapes = trimesh.load(shape, force="mesh")
+    output = pipe(shapes, max_faces=config.max_faces, candidates=config.candidates, generator=[config.seed])
     output.meshes[0].export(path)
     report = output.reports[0]
     return {"faces": report.faces, "tokens": report.tokens, "complete": report.is_complete}

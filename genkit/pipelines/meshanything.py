@@ -91,6 +91,7 @@ class MeshAnythingPipeline(GenPipeline):
         vq_model: turns codes into faces, where the tokens are codes.
         num_points: sampled on a mesh, and taken of larger point clouds.
         max_faces: used when a call gives none; None for no limit but the number of tokens.
+        candidates: used when a call gives none.
 
     Raises:
         ValueError: if the components do not fit together.
@@ -107,6 +108,7 @@ class MeshAnythingPipeline(GenPipeline):
         vq_model: MeshVQModel | None = None,
         num_points: int = 8192,
         max_faces: int | None = None,
+        candidates: int = 1,
     ) -> None:
         super().__init__()
         wanted = transformer.config["point_width"], transformer.config["num_points"]
@@ -120,10 +122,10 @@ class MeshAnythingPipeline(GenPipeline):
         if vq_model is not None and vq_model.config["codebook_size"] != transformer.config["num_codes"]:
             sizes = f"{transformer.config['num_codes']} and {vq_model.config['codebook_size']}"
             raise ValueError(f"MeshAnythingPipeline: transformer and vq_model have {sizes} codes.")
-        if num_points < 1:
-            raise ValueError(f"MeshAnythingPipeline: num_points must be at least 1, got {num_points}.")
+        if num_points < 1 or candidates < 1:
+            raise ValueError(f"MeshAnythingPipeline: num_points and candidates must be at least 1, got {num_points} and {candidates}.")
         self.register_modules(transformer=transformer, point_encoder=point_encoder, vq_model=vq_model)
-        self.register_to_config(num_points=num_points, max_faces=max_faces)
+        self.register_to_config(num_points=num_points, max_faces=max_faces, candidates=candidates)
 
     @torch.no_grad()
     def __call__(
@@ -132,7 +134,7 @@ class MeshAnythingPipeline(GenPipeline):
         *,
         max_faces: int | None = None,
         max_tokens: int | None = None,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         temperature: float = 1.0,
         top_k: int = 50,
         top_p: float = 0.95,
@@ -142,7 +144,7 @@ class MeshAnythingPipeline(GenPipeline):
         on_illegal: str = "repair",
         shell_depth: int | None = None,
         num_images_per_prompt: int = 1,
-        candidates: int = 1,
+        candidates: int | None = None,
         generator: Seeds = None,
         samples_at_once: int | None = None,
         callback_on_step_end: Callback | None = None,
@@ -154,7 +156,7 @@ class MeshAnythingPipeline(GenPipeline):
             shape: a mesh, points with unit normals [p, 6], or what a shape pipeline returned; or a list of these. +Y is up.
             max_faces: budget of each mesh; the pipeline's own if None.
             max_tokens: ids of a sequence; None: enough for `max_faces`, or what the model was trained for.
-            do_sample: draw ids; else take the most probable.
+            do_sample: draw ids; else take the most probable. None: draw them for candidates.
             temperature, top_k, top_p: of the drawing.
             face_target, face_bias: faces to aim at, and how strongly, see `TokenSampling`.
             use_grammar: let only legal ids through. Off, the result is that of the released code.
@@ -162,7 +164,7 @@ class MeshAnythingPipeline(GenPipeline):
             shell_depth: sample the points on a new surface around the mesh, of 2^depth grid points a side; None leaves the mesh as it is.
             num_images_per_prompt: meshes per shape.
             candidates: meshes that are drawn for each one returned: the one nearest to the given surface (Chamfer distance). The first is
-                that of a call without candidates.
+                that of a call with one candidate. None: the pipeline's own, and one with do_sample=False.
             generator: int or `torch.Generator` that draws one seed per mesh, or a list of seeds, one per mesh; of the points too.
             samples_at_once: meshes that are evaluated together; None: one on a CPU, all elsewhere.
             callback_on_step_end: called as callback(pipe, index, timestep, fields) after each id.
@@ -176,6 +178,9 @@ class MeshAnythingPipeline(GenPipeline):
         """
         choose(on_illegal, ON_ILLEGAL, "on_illegal")
         self.check_callback_inputs(callback_on_step_end_tensor_inputs)
+        if candidates is None:
+            candidates = 1 if do_sample is False else self.config["candidates"]
+        do_sample = candidates > 1 if do_sample is None else do_sample
         sampling = TokenSampling(temperature, top_k, top_p, do_sample, face_target, face_bias)
         check_sampling(1, num_images_per_prompt, 1.0)
         if candidates < 1 or (candidates > 1 and not do_sample):

@@ -31,11 +31,14 @@ class MeshTaskConfig:
     Attributes:
         data: folder of meshes, parquet file with vertices and faces, or hub data set.
         bounds: of faces, and of vertices per face.
+        parts: take meshes with too many faces apart, see `genkit.data.mesh_samples.parts_of`, instead of leaving them out.
+        whole_repeats: times that an epoch has each of the other meshes, so that parts do not outnumber them.
         bins: steps a side.
         num_points: of the condition.
-        augment: scale, turn and shift meshes.
+        augment: scale, turn, shift and mirror meshes.
         turns: about y: by any angle as published, or by quarters, for assets that lie along the axes.
         shift: largest shift of a mesh whose longest side is 1; 0 centres it, as the pipeline does.
+        mirror: half of the meshes.
         point_noise: each mesh's points are as rough as a standard deviation drawn between 0 and this, where shapes span 2; normals ten
             times as much. For surfaces that are scanned or generated.
         seed: of the initial weights.
@@ -48,11 +51,14 @@ class MeshTaskConfig:
 
     data: str = "data/lowpoly/train.parquet"
     bounds: MeshBounds = field(default_factory=MeshBounds)
+    parts: bool = False
+    whole_repeats: int = 1
     bins: int = BINS
     num_points: int = 8192
     augment: bool = True
     turns: Turns = "any"
     shift: float = SHIFT
+    mirror: bool = False
     point_noise: float = 0.0
     seed: int = 0
     point_encoder: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +76,8 @@ class MeshTaskConfig:
             raise ValueError("give either point_encoder (to learn along) or pretrained_point_encoder.")
         if not 0 <= self.shift < 1:
             raise ValueError(f"shift must lie in [0, 1), got {self.shift}.")
+        if self.whole_repeats < 1:
+            raise ValueError(f"whole_repeats must be at least 1, got {self.whole_repeats}.")
         if not 0 <= self.point_noise < 1:
             raise ValueError(f"point_noise must lie in [0, 1), got {self.point_noise}.")
         if self.num_points < 1 or self.bins < 2:
@@ -116,16 +124,18 @@ class MeshDraws:
     def item(self, number: int, rng: np.random.Generator) -> MeshItem:
         """Return mesh `number`, augmented where that leaves it learnable."""
         stored, bins, count = self.samples.meshes[number], self.config.bins, self.config.num_points
-        draws = [Augmentation.draw(rng, self.config.turns, self.config.shift) for _ in range(TRIALS)] if self.config.augment else []
+        options = self.config.turns, self.config.shift, self.config.mirror
+        draws = [Augmentation.draw(rng, *options) for _ in range(TRIALS)] if self.config.augment else []
         found = (self._quantised(stored, draw) for draw in draws)
         mesh = next((mesh for mesh in found if self._learnable(mesh, stored)), None) or self._quantised(stored, Augmentation())
-        points = condition_points(mesh.positions(bins), mesh.faces, rng.random(count), rng.random((count, 2)))
+        points = condition_points(mesh.positions(bins), mesh.wound, rng.random(count), rng.random((count, 2)))
         if noise := self.config.point_noise:
             points = rough_points(points, rng.uniform(0, noise), rng)
         return MeshItem(mesh, points)
 
     def _quantised(self, stored: StoredMesh, draw: Augmentation) -> CanonicalMesh:
-        return canonical(quantised(augmented(stored.vertices, draw), self.config.bins), stored.faces)
+        faces = stored.faces[:, ::-1] if draw.mirror else stored.faces
+        return canonical(quantised(augmented(stored.vertices, draw), self.config.bins), faces)
 
     def _learnable(self, mesh: CanonicalMesh, stored: StoredMesh) -> bool:
         return len(mesh.faces) >= max(1, SURVIVING * len(stored.faces)) and self.fits(mesh)
@@ -141,6 +151,11 @@ def known_by(items: Sequence[MeshItem], device: torch.device, frozen: Mapping[st
     """Return what a step's networks know meshes by: features of a frozen point encoder, or points [b, p, 6] for one that learns along."""
     points = stacked_points(items, device)
     return frozen["point_encoder"](points) if "point_encoder" in frozen else points
+
+
+def open_meshes(config: MeshTaskConfig) -> MeshSamples:
+    """Open the meshes that the settings name."""
+    return MeshSamples(config.data, config.bounds, parts=config.parts, whole_repeats=config.whole_repeats)
 
 
 def open_encoder(config: MeshTaskConfig) -> PointEncoder | None:

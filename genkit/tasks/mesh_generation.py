@@ -26,7 +26,7 @@ from genkit.data.mesh_samples import MeshSamples
 from genkit.generators.mesh_transformer import MeshTransformer
 from genkit.pipelines.base import GenPipeline
 from genkit.pipelines.meshanything import MeshAnythingPipeline
-from genkit.tasks._mesh_data import MeshDraws, MeshItem, MeshTaskConfig, known_by, mesh_optimizer, open_encoder
+from genkit.tasks._mesh_data import MeshDraws, MeshItem, MeshTaskConfig, known_by, mesh_optimizer, open_encoder, open_meshes
 from genkit.tokenizers.mesh_tokens import BOS, EOS, PAD, SPECIALS, CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
@@ -218,4 +218,4 @@ class MeshGenerationTask(Task):
 def build(config: Config) -> MeshGenerationTask:
     """Build the task of a recipe: open meshes, encoder and mesh VAE."""
     vq_model = cast(MeshVQModel, MeshVQModel.from_pretrained(config.vq_model)) if config.vq_model is not None else None
-    return MeshGenerationTask(config, MeshSamples(config.data, config.bounds), open_encoder(config), vq_model)
+    return MeshGenerationTask(config, open_meshes(config), open_encoder(config), vq_model)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genkit.data.mesh_samples import MeshSamples
-from genkit.tasks._mesh_data import MeshDraws, MeshItem, MeshTaskConfig, known_by, mesh_optimizer, open_encoder
+from genkit.tasks._mesh_data import MeshDraws, MeshItem, MeshTaskConfig, known_by, mesh_optimizer, open_encoder, open_meshes
 from genkit.tokenizers.mesh_tokens import CanonicalMesh
 from genkit.tokenizers.mesh_vae import MeshVQModel
 from genkit.tokenizers.point_encoder import PointEncoder
@@ -163,4 +163,4 @@ def stacked_faces(items: list[MeshItem], device: torch.device) -> Tensor:
 
 def build(config: Config) -> MeshVAETask:
     """Build the task of a recipe: open meshes and encoder."""
-    return MeshVAETask(config, MeshSamples(config.data, config.bounds), open_encoder(config))
+    return MeshVAETask(config, open_meshes(config), open_encoder(config))

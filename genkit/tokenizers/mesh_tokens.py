@@ -36,6 +36,7 @@ class CanonicalMesh:
     Args:
         vertices: [v, 3] int64 steps, all different and used, ascending by z, then y, then x.
         faces: [f, 3] int64, ascending inside, all different, ascending.
+        wound: [f, 3] int64, the same faces with their corners in the order in which they were given; of double ones the first.
         merged: vertices that fell together.
         degenerate: faces that lost their area by that.
         duplicate: faces that were there already.
@@ -44,6 +45,7 @@ class CanonicalMesh:
 
     vertices: NDArray[np.int64]
     faces: NDArray[np.int64]
+    wound: NDArray[np.int64]
     merged: int = 0
     degenerate: int = 0
     duplicate: int = 0
@@ -74,13 +76,15 @@ def canonical(steps: NDArray[np.int64], faces: NDArray[Any]) -> CanonicalMesh:
     if len(faces) and not 0 <= faces.min() <= faces.max() < len(steps):
         raise ValueError(f"faces name vertices {faces.min()} to {faces.max()} of {len(steps)}.")
     unique, inverse = np.unique(np.asarray(steps, np.int64).reshape(-1, 3)[:, ::-1], axis=0, return_inverse=True)
-    found = np.sort(inverse.reshape(-1)[faces], axis=1)
+    given = inverse.reshape(-1)[faces]
+    found = np.sort(given, axis=1)
     has_area = (found[:, 0] != found[:, 1]) & (found[:, 1] != found[:, 2])
-    single = np.unique(found[has_area], axis=0).reshape(-1, 3)
+    single, first = np.unique(found[has_area], axis=0, return_index=True)
     used, renumbered = np.unique(single, return_inverse=True)
     return CanonicalMesh(
         vertices=np.ascontiguousarray(unique[used, ::-1]),
         faces=renumbered.reshape(-1, 3),
+        wound=np.searchsorted(used, given[has_area][first]),
         merged=len(steps) - len(unique),
         degenerate=int((~has_area).sum()),
         duplicate=int(has_area.sum()) - len(single),

@@ -17,7 +17,7 @@ from genkit.data.mesh_augment import (
     points_on_faces,
     rough_points,
 )
-from genkit.data.mesh_samples import MeshBounds, MeshSamples, welded
+from genkit.data.mesh_samples import MeshBounds, MeshSamples, parts_of, welded
 
 
 def write_meshes(folder: Path) -> Path:
@@ -54,6 +54,24 @@ def test_welding_joins_equal_positions_and_drops_what_is_superfluous() -> None:
         welded(corners[:6], np.array([[1, 3, 5]]))
 
 
+def test_meshes_with_too_many_faces_are_taken_apart(tmp_path: Path) -> None:
+    row = [trimesh.creation.box((1, 1, 1), trimesh.transformations.translation_matrix((x, 0, 0))) for x in (0, 2, 4, 90)]
+    ball = trimesh.creation.icosphere(3).apply_translation((0, 9, 0))
+    trimesh.util.concatenate([*row, trimesh.creation.box((1, 3, 1)).apply_translation((6, 0, 0)), ball]).export(tmp_path / "all.obj")
+    trimesh.creation.box((1, 2, 3)).export(tmp_path / "box.obj")
+    assert [mesh.name for mesh in MeshSamples(tmp_path, MeshBounds(max_faces=40)).meshes] == ["box"]
+    samples = MeshSamples(tmp_path, MeshBounds(max_faces=40), parts=True)
+    sizes = sorted(len(mesh.faces) for mesh in samples.meshes)
+    assert sizes == [12, 12, 12, 24, 36] and not samples.refused, "a cube once, a long box, the box; groups of three and two"
+    assert sum(mesh.name.startswith("all/") for mesh in samples.meshes) == 4
+    three = next(mesh for mesh in samples.meshes if len(mesh.faces) == 36)
+    assert np.ptp(three.vertices, axis=0).max() == pytest.approx(1) and len(three.vertices) == 24
+    assert three.vertices[:, 0].max() - three.vertices[:, 0].min() == pytest.approx(1), "neighbours in a row, not the one far away"
+    assert parts_of(np.asarray(ball.vertices), np.asarray(ball.faces), 40) == []
+    assert len(MeshSamples(tmp_path, MeshBounds(min_faces=20, max_faces=40), parts=True)) == 2
+    assert len(MeshSamples(tmp_path, MeshBounds(max_faces=40), parts=True, whole_repeats=3)) == len(samples) + 2
+
+
 def test_augmented_meshes_stay_inside_and_differ() -> None:
     box, rng = trimesh.creation.box((1, 2, 3)), np.random.default_rng(0)
     seen = []
@@ -75,6 +93,14 @@ def test_quarter_turns_leave_boxes_along_the_axes() -> None:
         np.testing.assert_array_equal(moved.min(0), -moved.max(0), "centred")
         sides.add(round(draw.angle / (np.pi / 2), 6))
     assert sides == {0, 1, 2, 3}
+
+
+def test_half_of_the_meshes_are_mirrored() -> None:
+    wedge, rng = trimesh.creation.cone(1, 2, sections=3), np.random.default_rng(0)
+    draws = [Augmentation.draw(rng, mirror=True) for _ in range(40)]
+    assert 10 < sum(draw.mirror for draw in draws) < 30 and not Augmentation.draw(rng).mirror
+    plain, turned = (augmented(wedge.vertices, Augmentation(mirror=mirror)) for mirror in (False, True))
+    np.testing.assert_allclose(turned, plain * (-1, 1, 1))
 
 
 def test_points_lie_on_the_surface_in_proportion_to_area() -> None:

@@ -96,6 +96,15 @@ def test_rough_points_belong_to_the_same_meshes(meshes: str) -> None:
         settings(meshes, point_noise=-1.0)
 
 
+def test_points_have_the_normals_of_the_given_faces(meshes: str) -> None:
+    config = settings(meshes, mirror=True, bounds=MeshBounds(max_faces=20))  # the box
+    items = mesh_generation.build(config).draws.items({"index": torch.zeros(12, dtype=torch.long)}, context())
+    for item in items:
+        points, normals = item.points[:, :3].astype(float), item.points[:, 3:].astype(float)
+        middle = (points.max(0) + points.min(0)) / 2
+        assert ((points - middle) * normals).sum(1).min() > 0, "outward, mirrored or not"
+
+
 def test_groups_of_like_length_have_the_loss_of_the_whole_batch(meshes: str) -> None:
     found = []
     for groups in (1, 2):
