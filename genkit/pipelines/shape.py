@@ -84,6 +84,7 @@ class ShapePipeline(ShapePipelineBase):
         octree_resolution, decoder, head: used when a call gives none.
         num_inference_steps, guidance_scale: used when a call gives none; 1 = off.
         takes_views: whether prompts may be several views of an object; False for models that have learned from single pictures alone.
+        max_guidance_scale: the largest that a guidance-distilled transformer has learned; larger ones are refused. None: any.
 
     Raises:
         ValueError: if the components do not fit together.
@@ -109,6 +110,7 @@ class ShapePipeline(ShapePipelineBase):
         num_inference_steps: int = 50,
         guidance_scale: float = 5.0,
         takes_views: bool = True,
+        max_guidance_scale: float | None = None,
     ) -> None:
         super().__init__()
         width, latent = transformer.config["context_in_dim"], transformer.config["in_channels"]
@@ -128,6 +130,7 @@ class ShapePipeline(ShapePipelineBase):
         self.register_to_config(
             condition_size=condition_size, octree_resolution=octree_resolution, decoder=decoder, head=head,
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, takes_views=takes_views,
+            max_guidance_scale=max_guidance_scale,
         )  # fmt: skip
 
     @property
@@ -214,6 +217,9 @@ class ShapePipeline(ShapePipelineBase):
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         check_sampling(steps, num_images_per_prompt, scale)
+        most = self.config["max_guidance_scale"]
+        if most is not None and scale > most:
+            raise ValueError(f"this model is guidance-distilled and has learned scales up to {most:g}, got guidance_scale={scale:g}.")
         with torch.no_grad():
             contexts = [tokens for tokens in self.encode_prompt(prompt, views) for _ in range(num_images_per_prompt)]
         seeds = resolve_seeds(generator, len(contexts))

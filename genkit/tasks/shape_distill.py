@@ -272,7 +272,8 @@ class ShapeDistillTask(Task):
         if self.config.stage != "guidance" and self.pipe.slim_vae is not None:
             own["head"] = "slim"
         steps = self.pipe.config["num_inference_steps"] if self.config.stage == "guidance" else self.config.num_inference_steps
-        return ShapePipeline(**parts, **own, num_inference_steps=steps, guidance_scale=self.config.guidance_scale)
+        own |= {"guidance_scale": self.config.guidance_scale, "max_guidance_scale": self.config.guidance_range[1]}
+        return ShapePipeline(**parts, **own, num_inference_steps=steps)
 
     def check_evaluation(self, config: EvaluationConfig) -> None:
         """Refuse metrics that shapes do not have."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 
 from genkit.data.shape_samples import ShapeSamples
 from genkit.data.views import ViewDataset
@@ -54,6 +55,9 @@ def test_the_stages_follow_each_other_and_resume_exactly(data: dict[str, str], t
     first = train(settings(data), tmp_path / "guidance")
     pipe = cast(ShapePipeline, GenPipeline.from_pretrained(first))
     assert pipe.transformer.config["guidance_embed"] and pipe.scheduler.config["steps"] == "uniform"
+    assert pipe.config["max_guidance_scale"] == settings(data).guidance_range[1]
+    with pytest.raises(ValueError, match=r"has learned scales up to \d, got guidance_scale=30"):
+        pipe(Image.new("RGB", (16, 16)), guidance_scale=30)
     second = {"teacher": first, "stage": "consistency"}
     several = train(settings({**data, **second}, phases=5), tmp_path / "five")
     one = train(settings({**data, **second}, phases=1, start=several), tmp_path / "one")
