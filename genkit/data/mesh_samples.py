@@ -170,22 +170,27 @@ class MeshSamples(Dataset[dict[str, Tensor]]):
                 self.refused[f"cannot be used: {str(error).split(';')[0][:80]}"] += 1
                 continue
             reason = bounds.refusal(len(vertices), len(faces))
-            if parts and len(faces) > bounds.max_faces:
-                self._take_apart(name, vertices, faces, bounds, seen)
-            elif reason:
+            if parts and len(faces) > bounds.max_faces and self._take_apart(name, vertices, faces, bounds, seen):
+                continue
+            if reason:
                 self.refused[reason] += 1
             else:
                 self.meshes += [StoredMesh(name, vertices, faces)] * whole_repeats
         self.path = path
         self._report()
 
-    def _take_apart(self, name: str, vertices: NDArray[np.float64], faces: NDArray[np.int64], bounds: MeshBounds, seen: set[bytes]) -> None:
-        """Take the parts of a mesh that are within bounds and look like none `seen`."""
+    def _take_apart(self, name: str, vertices: NDArray[np.float64], faces: NDArray[np.int64], bounds: MeshBounds, seen: set[bytes]) -> bool:
+        """Take the parts of a mesh that are within bounds and look like none `seen`; tell whether there were parts within bounds."""
+        found = False
         for number, (positions, corners) in enumerate(parts_of(vertices, faces, bounds.max_faces)):
             look = _look(positions, corners)
-            if look not in seen and not bounds.refusal(len(positions), len(corners)):
+            if bounds.refusal(len(positions), len(corners)):
+                continue
+            if look not in seen:
                 self.meshes.append(StoredMesh(f"{name}/{number}", positions, corners))
             seen.add(look)
+            found = True
+        return found
 
     def keep(self, is_fit: Callable[[StoredMesh], bool], reason: str) -> None:
         """Leave out the meshes that do not fit, for a reason that is counted.

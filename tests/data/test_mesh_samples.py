@@ -67,6 +67,9 @@ def test_meshes_with_too_many_faces_are_taken_apart(tmp_path: Path) -> None:
     three = next(mesh for mesh in samples.meshes if len(mesh.faces) == 36)
     assert np.ptp(three.vertices, axis=0).max() == pytest.approx(1) and len(three.vertices) == 24
     assert three.vertices[:, 0].max() - three.vertices[:, 0].min() == pytest.approx(1), "neighbours in a row, not the one far away"
+    ball.export(tmp_path / "ball.obj")
+    assert MeshSamples(tmp_path, MeshBounds(max_faces=40), parts=True).refused == {"more faces than max_faces": 1}, "a ball has no parts"
+    (tmp_path / "ball.obj").unlink()
     assert parts_of(np.asarray(ball.vertices), np.asarray(ball.faces), 40) == []
     assert len(MeshSamples(tmp_path, MeshBounds(min_faces=20, max_faces=40), parts=True)) == 2
     assert len(MeshSamples(tmp_path, MeshBounds(max_faces=40), parts=True, whole_repeats=3)) == len(samples) + 2
