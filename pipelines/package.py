@@ -79,8 +79,6 @@ def main() -> None:
     parser.add_argument("--prompt", action="append", default=[], help="prompt of the certificate; may be repeated")
     parser.add_argument("--mesh", action="append", default=[], help="mesh file that is a prompt of the certificate; may be repeated")
     parser.add_argument("--per-prompt", type=int, default=2, help="pictures or clips of each such prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="default number of sampling steps")
-    parser.add_argument("--guidance-scale", type=float, help="default guidance")
     parser.add_argument("--scheduler", action="append", default=[], metavar="NAME=VALUE", help="setting of the scheduler; may be repeated")
     parser.add_argument("--config", action="append", default=[], metavar="NAME=VALUE", help="setting of the pipeline; may be repeated")
     args = parser.parse_args()
@@ -88,8 +86,6 @@ def main() -> None:
     if args.scheduler:
         changed = settings("--scheduler", args.scheduler, pipe.scheduler.config)
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changed)
-    defaults = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    pipe.register_to_config(**{key: value for key, value in defaults.items() if value is not None})
     pipe.register_to_config(**settings("--config", args.config, pipe.config))
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = sum(p.numel() for module in modules for p in module.parameters())
