@@ -7,6 +7,7 @@ dicts and tensor records, replaces every other class with an inert stand-in, and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -36,6 +37,15 @@ DTYPES = {
     "BoolStorage": torch.bool,
 }
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return a hash (hex, 24 digits) of a module's tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:24]
 
 
 def sniff(path: Path) -> str:

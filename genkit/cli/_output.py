@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from genkit.eval.extract import Progress
 
 STATES = {"ok": "green", "note": "yellow", "broken": "bold red"}  # colours of the findings of `genkit doctor`
 
@@ -76,3 +79,31 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+@contextmanager
+def progress_bar(show: bool, text: str) -> Iterator[Progress | None]:
+    """Show what is done, pictures per second and the time left, on a terminal; a count that falls begins a new bar."""
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {"done": 0}
+
+        def advance(done: int, total: int, seconds: float) -> None:
+            if "id" not in tasks or done < tasks["done"]:
+                tasks["id"] = bar.add_task(text, total=total, rate="")
+            tasks["done"] = done
+            bar.update(tasks["id"], completed=done, rate=f"{done / max(seconds, 1e-9):.1f} images/s")
+
+        yield advance

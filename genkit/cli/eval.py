@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genkit.checks import choose
 from genkit.cli._eval_others import OTHERS, add_other_arguments, read_prompts, run_other
-from genkit.cli._output import add_json, numbers, positive, print_json, print_table
+from genkit.cli._output import add_json, numbers, positive, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from genkit.eval.extract import Progress
     from genkit.eval.metrics import Result
     from genkit.eval.pictures import Source
     from genkit.eval.protocols import Protocol
@@ -190,7 +187,7 @@ def measure(args: argparse.Namespace) -> int:
         if isinstance(real, str):
             metrics = tuple(name for name in metrics if name in ("fid", "sfid", "is", "vendi"))
     fake = open_fake(args, paths[-1] if args.pipeline is None else None, protocol)
-    with progress_bar(not args.json) as progress:
+    with progress_bar(not args.json, "features") as progress:
         found = evaluate(metrics, fake, real, protocol, progress=progress, **_options(args))
     if _is_first():
         report(args, found.results)
@@ -243,38 +240,10 @@ def write_statistics(args: argparse.Namespace) -> int:
     pictures = open_source(source, background=args.background, split=args.split, view_size=args.view_size, views=args.views)
     extractor = Extractor(protocol, options.pop("weights"), options.pop("device"))
     options.pop("intervals")
-    with progress_bar(not args.json) as progress:
+    with progress_bar(not args.json, "features") as progress:
         features = extract(pictures, extractor, [protocol.tap], progress=progress, **options)
     stats = statistics_of(features, protocol.tap)
     if _is_first():
         stats.save(out, protocol=protocol.name, data=pictures.fingerprint())
         print_json({"statistics": out, "count": stats.count}) if args.json else print(f"{out}: {stats.count} pictures, {stats.source}")
     return 0
-
-
-@contextmanager
-def progress_bar(show: bool) -> Iterator[Progress | None]:
-    """Show pictures per second and the time left, one bar per source, on a terminal."""
-    if not show or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {"done": 0}
-
-        def advance(done: int, total: int, seconds: float) -> None:
-            if "id" not in tasks or done < tasks["done"]:
-                tasks["id"] = bar.add_task("features", total=total, rate="")
-            tasks["done"] = done
-            bar.update(tasks["id"], completed=done, rate=f"{done / max(seconds, 1e-9):.1f} images/s")
-
-        yield advance

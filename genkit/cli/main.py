@@ -23,9 +23,9 @@ EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def find_commands() -> dict[str, ModuleType]:
-    """Return the command modules of `genkit.cli` by name."""
+    """Return the command modules of `genkit.cli` by name: `genkit.cli.tokenizer_report` is `tokenizer-report`."""
     names = sorted(m.name for m in pkgutil.iter_modules(genkit.cli.__path__) if not m.name.startswith("_") and m.name != "main")
-    return {name: importlib.import_module(f"genkit.cli.{name}") for name in names}
+    return {name.replace("_", "-"): importlib.import_module(f"genkit.cli.{name}") for name in names}
 
 
 def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

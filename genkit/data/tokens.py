@@ -1,4 +1,4 @@
-"""Token caches: the codes of a whole data set on disk, two bytes each, memory-mapped."""
+"""Token caches: the codes of a whole data set on disk, two bytes each (four where a codebook has more than 65,536), memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from genkit.data.files import atomic_write
 
 FORMAT = 1
-MOST_CODES = 1 << 16
+MOST_CODES = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TokenMeta:
     Attributes:
         rows: number of pictures (or other samples).
         grid: shape of one sample's codes, for example (16, 16).
-        codebook_size: codes are in 0..codebook_size - 1; at most 65,536.
+        codebook_size: codes are in 0..codebook_size - 1; at most 2**31.
         data_hash, tokenizer_hash: change when the data or the tokenizer's weights change.
     """
 
@@ -41,7 +41,7 @@ class TokenMeta:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(int(n) for n in self.grid))
         if not 1 <= self.codebook_size <= MOST_CODES:
-            raise ValueError(f"TokenCache: codebook_size must be in 1..{MOST_CODES} (two bytes a code), got {self.codebook_size}.")
+            raise ValueError(f"TokenCache: codebook_size must be in 1..{MOST_CODES}, got {self.codebook_size}.")
         if self.rows < 1 or not self.grid or min(self.grid) < 1:
             raise ValueError(f"TokenCache: rows and grid sides must be at least 1, got rows={self.rows}, grid={self.grid}.")
 
@@ -49,6 +49,16 @@ class TokenMeta:
     def num_tokens(self) -> int:
         """Codes per row."""
         return int(np.prod(self.grid))
+
+    @property
+    def code_type(self) -> np.dtype[Any]:
+        """Type of the numbers on disk: uint16 or uint32, little endian."""
+        return np.dtype("<u2" if self.codebook_size <= 1 << 16 else "<u4")
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on disk."""
+        return self.num_tokens * self.code_type.itemsize
 
     def differences(self, other: TokenMeta) -> list[str]:
         """Return the fields in which two caches differ, as text."""
@@ -74,7 +84,7 @@ class TokenCache(Dataset[dict[str, Tensor]]):
     """A finished cache: item i is `{"indices": int64 [n], "index": int64 []}`.
 
     Args:
-        path: folder with `tokens.bin` (uint16, little endian, [rows, n]) and `meta.json`.
+        path: folder with `tokens.bin` ([rows, n], see `TokenMeta.code_type`) and `meta.json`.
         expected: what the cache must have been made from; not checked if None.
 
     Raises:
@@ -90,18 +100,18 @@ class TokenCache(Dataset[dict[str, Tensor]]):
         _refuse_mismatch(self.path, self.meta, expected)
         if done != self.meta.rows:
             raise ValueError(f"{self.path} is unfinished: {done} of {self.meta.rows} rows; run the writer again, it goes on from there.")
-        size = self.meta.rows * self.meta.num_tokens * 2
+        size = self.meta.rows * self.meta.row_bytes
         found = (self.path / "tokens.bin").stat().st_size if (self.path / "tokens.bin").is_file() else 0
         if found != size:
             raise ValueError(f"{self.path / 'tokens.bin'} must have {size} bytes, got {found}; remove {self.path} to build it again.")
-        self._codes: np.memmap[Any, np.dtype[np.uint16]] | None = None
+        self._codes: np.memmap[Any, np.dtype[Any]] | None = None
 
     @property
-    def codes(self) -> np.memmap[Any, np.dtype[np.uint16]]:
-        """All codes, memory-mapped, read-only, uint16 [rows, n]."""
+    def codes(self) -> np.memmap[Any, np.dtype[Any]]:
+        """All codes, memory-mapped, read-only, [rows, n]."""
         if self._codes is None:
             shape = (self.meta.rows, self.meta.num_tokens)
-            self._codes = np.memmap(self.path / "tokens.bin", dtype="<u2", mode="r", shape=shape)
+            self._codes = np.memmap(self.path / "tokens.bin", dtype=self.meta.code_type, mode="r", shape=shape)
         return self._codes
 
     def __len__(self) -> int:
@@ -148,7 +158,7 @@ class TokenWriter:
             _refuse_mismatch(self.path, found, meta)
         data = self.path / "tokens.bin"
         data.touch()
-        row_bytes = meta.num_tokens * 2
+        row_bytes = meta.row_bytes
         self.done = min(self.done, data.stat().st_size // row_bytes)
         self._file = data.open("r+b")
         self._file.truncate(self.done * row_bytes)
@@ -181,7 +191,7 @@ class TokenWriter:
         if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= self.meta.codebook_size):
             span = f"{int(rows.min())}..{int(rows.max())}"
             raise ValueError(f"TokenWriter.append: codes must be in 0..{self.meta.codebook_size - 1}, got {span}.")
-        self._file.write(rows.numpy().astype("<u2").tobytes())
+        self._file.write(rows.numpy().astype(self.meta.code_type).tobytes())
         self.done += len(rows)
         self._count()
 

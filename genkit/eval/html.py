@@ -2,79 +2,50 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 
 from genkit.eval.evaluate import Evaluation
 from genkit.eval.manifold import manifold_scores, nearest_neighbours
 from genkit.eval.metrics import MOST_NEIGHBOURS, Result
+from genkit.eval.page import escape, image, page, section
 from genkit.eval.pictures import Picture, PictureError, Source
 
-THUMBNAIL = 96
 GRID, NEIGHBOURS, CURVE = 64, 24, (1, 2, 3, 5, 7, 10)
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{border-bottom:1px solid #ddd;padding:.25rem .7rem;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}.warn{color:#a33}.grid{display:flex;flex-wrap:wrap;gap:4px}
-.grid img,.pair img{width:96px;height:96px;object-fit:contain;image-rendering:pixelated;background:#f4f4f4}
-.pair{display:inline-block;margin:4px;font-size:12px;text-align:center}
-"""
 
 
 def write_html(evaluation: Evaluation) -> str:
     """Return the report as a page."""
     data = evaluation.data
-    parts = [f"<h1>{_text(data.fake.source)}</h1>", _numbers(evaluation.results)]
-    parts.append(_section("Generated", _grid(evaluation.fake)))
+    parts = [f"<h1>{escape(data.fake.source)}</h1>", _numbers(evaluation.results)]
+    parts.append(section("Generated", _grid(evaluation.fake)))
     if evaluation.real is not None and data.real is not None:
-        parts.append(_section("Real", _grid(evaluation.real)))
+        parts.append(section("Real", _grid(evaluation.real)))
         if data.protocol.tap in data.fake.arrays and data.protocol.tap in data.real.arrays:
             parts += [_neighbours(evaluation), _classes(evaluation), _curve(evaluation)]
-    title = _text(f"Evaluation of {data.fake.source}")
-    head = f"<meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{_text(title)}</h2>{body}"
+    return page(f"Evaluation of {data.fake.source}", parts)
 
 
 def _numbers(results: Sequence[Result]) -> str:
     rows = []
     for r in results:
         interval = f"{r.ci[0]:.5g} to {r.ci[1]:.5g}" if r.ci else ""
-        notes = "<br>".join(f"<span class='warn'>{_text(warning)}</span>" for warning in r.warnings)
+        notes = "<br>".join(f"<span class='warn'>{escape(warning)}</span>" for warning in r.warnings)
         rows.append(
-            f"<tr><td>{_text(r.metric)}</td><td class='n'>{r.value:.6g}</td><td class='n'>{interval}</td>"
+            f"<tr><td>{escape(r.metric)}</td><td class='n'>{r.value:.6g}</td><td class='n'>{interval}</td>"
             f"<td class='n'>{r.num_real or ''}</td><td class='n'>{r.num_fake}</td><td>{notes}</td></tr>"
         )
     head = "<tr><th>metric</th><th>value</th><th>95 % interval</th><th>real</th><th>generated</th><th>remarks</th></tr>"
     p = results[0].protocol
-    choices = ", ".join(f"{key} {_text(getattr(p, key))}" for key in ("network", "resize", "size", "value_range", "tap", "ddof"))
-    return f"<p>Protocol <b>{_text(p.name)}</b>: {choices}; weights {_text(results[0].weights)}.</p><table>{head}{''.join(rows)}</table>"
+    choices = ", ".join(f"{key} {escape(getattr(p, key))}" for key in ("network", "resize", "size", "value_range", "tap", "ddof"))
+    return f"<p>Protocol <b>{escape(p.name)}</b>: {choices}; weights {escape(results[0].weights)}.</p><table>{head}{''.join(rows)}</table>"
 
 
 def _image(picture: Picture) -> str:
-    """Return a picture as an img element, reduced to a thumbnail where it is larger."""
-    image = Image.fromarray(picture.pixels)
-    if max(image.size) > 2 * THUMBNAIL:
-        image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    name = _text(picture.label or picture.name)
-    return f"<img src='data:image/png;base64,{encoded}' alt='{name}' title='{name}'>"
+    return image(picture.pixels, picture.label or picture.name)
 
 
 def _read(source: Source, names: Sequence[int]) -> list[Picture]:
@@ -115,7 +86,7 @@ def _neighbours(evaluation: Evaluation) -> str:
     text = (
         f"<p>The {len(order)} generated pictures (left) nearest to a real one (right), by distance of features. Copies have distance 0.</p>"
     )
-    return _section("Nearest neighbours", text + "".join(pairs))
+    return section("Nearest neighbours", text + "".join(pairs))
 
 
 def _classes(evaluation: Evaluation) -> str:
@@ -133,10 +104,10 @@ def _classes(evaluation: Evaluation) -> str:
         own_fake = torch.tensor([name == label for name in data.fake.labels])
         distance = nearest_neighbours(real[own_real], fake[own_fake])[0].mean()
         counts = f"<td class='n'>{real_counts[label]}</td><td class='n'>{fake_counts[label]}</td>"
-        rows.append(f"<tr><td>{_text(label)}</td>{counts}<td class='n'>{distance:.4g}</td></tr>")
+        rows.append(f"<tr><td>{escape(label)}</td>{counts}<td class='n'>{distance:.4g}</td></tr>")
     head = "<tr><th>class</th><th>real</th><th>generated</th><th>mean distance to the nearest real of the class</th></tr>"
     more = f"<p>{len(shared) - 200} more classes.</p>" if len(shared) > 200 else ""
-    return _section("Classes", f"<table>{head}{''.join(rows)}</table>{more}")
+    return section("Classes", f"<table>{head}{''.join(rows)}</table>{more}")
 
 
 def _curve(evaluation: Evaluation) -> str:
@@ -166,4 +137,4 @@ def _curve(evaluation: Evaluation) -> str:
     )
     names = f"<text x='{size / 2 - 15:.0f}' y='{size - 6}'>recall</text><text x='8' y='{margin - 16}'>precision</text>"
     body = f"{axes}<polyline points='{line}' fill='none' stroke='#36c'/>{dots}{ticks}{names}"
-    return _section("Precision and recall", f"<svg width='{size}' height='{size}' font-size='11' role='img'>{body}</svg>")
+    return section("Precision and recall", f"<svg width='{size}' height='{size}' font-size='11' role='img'>{body}</svg>")

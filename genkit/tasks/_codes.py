@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from genkit.blocks.integer import add_fake_quant, rounded
 from genkit.blocks.lora import TARGETS, LoRAWeights, add_lora, merged
 from genkit.data.images import ImageFolderDataset
-from genkit.data.tokens import TokenCache, TokenMeta, build_cache
+from genkit.data.tokens import TokenCache
 from genkit.data.views import ViewDataset
 from genkit.paths import cache_dir
-from genkit.tasks._prompts import PromptTable, captions_of, prompts_of, rows_of_views, text_table, weights_hash
+from genkit.pipelines.tokenizers import DataTokens
+from genkit.tasks._prompts import PromptTable, captions_of, prompts_of, rows_of_views, text_table
 from genkit.tokenizers.vq_model import VQModel
 from genkit.training.optimizers import block_matrices, muon_with_adamw
 from genkit.training.task import StepContext, Task
@@ -180,26 +180,8 @@ class CodeTask(Task):
         folder.mkdir(parents=True, exist_ok=True)
         if self.tokenizer is not None:
             self.table = text_table(folder, self.prompts, self.tokenizer, self.frozen["text_encoder"])
-        vqvae = cast(VQModel, self.frozen["vqvae"])
-        meta = TokenMeta(
-            rows=self.num_rows,
-            grid=vqvae.grid_for(self.config.image_size, self.config.image_size),
-            codebook_size=vqvae.quantizer.codebook_size,
-            data_hash=self.data.data_hash,
-            tokenizer_hash=weights_hash(vqvae),
-        )
-        path = folder / f"tokens-{meta.data_hash}-{meta.tokenizer_hash}{'-flip' if self.config.flip else ''}"
-        with FileLock(f"{path}.lock"):  # one process writes, the others wait
-            return build_cache(path, meta, self._encode)
-
-    @torch.no_grad()
-    def _encode(self, rows: range) -> Tensor:
-        """Return the codes [b, n] of pictures; rows behind the last picture are the mirrored ones."""
-        vqvae = cast(VQModel, self.frozen["vqvae"])
-        images = torch.stack(
-            [self.data[row % len(self.data)]["image"].flip(-1) if row >= len(self.data) else self.data[row]["image"] for row in rows]
-        )
-        return vqvae.encode(images.to(next(vqvae.parameters()).device)).indices.flatten(1)
+        tokens = DataTokens(cast(VQModel, self.frozen["vqvae"]), self.data, self.config.flip)
+        return tokens.write(tokens.folder(folder))
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """Return one optimizer over all parameters."""

@@ -21,17 +21,9 @@ from genkit.data.images import ImageFolderDataset
 from genkit.data.prompts import PromptBuilder
 from genkit.data.views import ViewDataset
 from genkit.paths import whole_folder
+from genkit.weights import weights_hash
 
 FILES = ("tokens", "mask", "pooled", "rows")
-
-
-def weights_hash(module: nn.Module) -> str:
-    """Return a hash (hex, 24 digits) of a module's tensors and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:24]
 
 
 def captions_of(data: ViewDataset | ImageFolderDataset) -> list[str]:

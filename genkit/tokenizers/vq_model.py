@@ -8,7 +8,7 @@ Legend: b batch, n tokens, c width of a code, h w grid of tokens, H W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from genkit.checks import check_shape
 from genkit.tokenizers.quantizers import ResidualQuantizer, build_quantizer
 from genkit.tokenizers.quantizers.base import VectorQuantizerBase
+from genkit.tokenizers.tiling import Blend
 
 
 @dataclass
@@ -136,10 +137,12 @@ class VQModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: for another number of axes or channels, or sides that the patch does not divide.
         """
-        latents = self.encode_latents(x)
-        h, w = self.grid_for(x.shape[-2], x.shape[-1])
+        return self._quantized(self.encode_latents(x), self.grid_for(x.shape[-2], x.shape[-1]))
+
+    def _quantized(self, latents: Tensor, grid: tuple[int, int]) -> VQEncoderOutput:
+        """Return what `encode` does for latents [b, n, c] of a grid."""
         out = self.quantizer(latents)
-        indices = rearrange(out.indices, "b (h w) -> b h w", h=h, w=w)
+        indices = rearrange(out.indices, "b (h w) -> b h w", h=grid[0], w=grid[1])
         return VQEncoderOutput(latents=latents, quantized=out.quantized, indices=indices, loss=out.loss, terms=out.terms)
 
     def decode(self, indices: Tensor, grid: tuple[int, int] | None = None) -> DecoderOutput:
@@ -155,6 +158,11 @@ class VQModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if an index is outside the codebook or the grid does not fit.
         """
+        grid = self._checked_codes(indices, grid)
+        return DecoderOutput(sample=self.decode_latents(self.quantizer.lookup(indices.flatten(1)), grid))
+
+    def _checked_codes(self, indices: Tensor, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """Return the grid of codes [b, h, w] or [b, n]; raises ValueError as `decode` does."""
         name, codes = type(self).__name__, self.quantizer.codebook_size
         if indices.ndim == 3:
             grid = (indices.shape[1], indices.shape[2])
@@ -169,7 +177,56 @@ class VQModel(ModelMixin, ConfigMixin):
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= codes:
                 raise ValueError(f"{name}.decode: indices must lie in 0 .. {codes - 1}, got {low} .. {high}.")
-        return DecoderOutput(sample=self.decode_latents(self.quantizer.lookup(indices.flatten(1)), grid))
+        return grid
+
+    def tiled_encode(self, x: Tensor, tile: int | Sequence[int] | None = None, overlap: float = 0.25) -> VQEncoderOutput:
+        """Turn large pictures [b, c, H, W] in [-1, 1] into codes, a tile at a time: latents of tiles are averaged, then quantized once.
+
+        Args:
+            x: pictures; those not larger than a tile give what `encode` does.
+            tile: sides of a tile in pixels, multiples of the patch; `sample_size` of the config if None.
+            overlap: share of a tile that its neighbours also cover at least, in [0, 0.5].
+
+        Returns:
+            What `encode` does.
+
+        Raises:
+            ValueError: as `encode`, and for tiles that the patch does not divide or an overlap out of range.
+        """
+        check_shape(x, f"{type(self).__name__}.tiled_encode: image", "b c H W", c=self.config["in_channels"])
+        grid = self.grid_for(x.shape[-2], x.shape[-1])
+        blend, (ph, pw) = self._blend(grid, tile, overlap), self.patch
+
+        def latents() -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+            for rows, columns in blend.tiles():
+                part = x[:, :, rows.start * ph : rows.stop * ph, columns.start * pw : columns.stop * pw]
+                yield (rows, columns), rearrange(self.encode_latents(part), "b (h w) c -> b c h w", h=blend.tile[0])
+
+        return self._quantized(rearrange(blend.collect(latents()), "b c h w -> b (h w) c"), grid)
+
+    def tiled_decode(
+        self, indices: Tensor, grid: tuple[int, int] | None = None, tile: int | Sequence[int] | None = None, overlap: float = 0.25
+    ) -> DecoderOutput:
+        """Turn codes into large pictures, a tile at a time; see `decode` and `tiled_encode` for the arguments and errors."""
+        grid = self._checked_codes(indices, grid)
+        blend = self._blend(grid, tile, overlap)
+        codes = rearrange(indices.flatten(1), "b (h w) -> b h w", h=grid[0])
+
+        def pixels() -> Iterator[tuple[tuple[slice, slice], Tensor]]:
+            for rows, columns in blend.tiles():
+                yield (rows, columns), self.decode_latents(self.quantizer.lookup(codes[:, rows, columns].flatten(1)), blend.tile)
+
+        return DecoderOutput(sample=blend.collect(pixels(), self.patch))
+
+    def _blend(self, grid: tuple[int, int], tile: int | Sequence[int] | None, overlap: float) -> Blend:
+        """Return the tiles of a grid; raises ValueError as `tiled_encode` does."""
+        name, sides = type(self).__name__, tile if tile is not None else self.config["sample_size"]
+        if sides is None:
+            raise ValueError(f"{name}: its config names no sample_size; say how large tiles are, tile=256.")
+        if not 0 <= overlap <= 0.5:
+            raise ValueError(f"{name}: overlap must lie in [0, 0.5], got {overlap}.")
+        h, w = self.grid_for(*([sides] * 2 if isinstance(sides, int) else sides))
+        return Blend(grid, (h, w), (min(math.ceil(h * overlap), h - 1), min(math.ceil(w * overlap), w - 1)))
 
     def forward(self, x: Tensor, quantize: bool = True) -> VQOutput:
         """Encode and reconstruct pictures [b, c, H, W] in [-1, 1]; the training step's one evaluation.

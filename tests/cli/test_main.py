@@ -53,7 +53,7 @@ sys.exit(code)
 def test_every_command_has_help_arguments_and_run() -> None:
     commands = cli.find_commands()
     made = {"edit", "generate", "make", "reconstruct", "remesh", "shape", "video"}
-    assert set(commands) == made | {"convert", "doctor", "eval", "info", "list", "recipes", "verify"}
+    assert set(commands) == made | {"convert", "doctor", "eval", "info", "list", "recipes", "tokenize", "tokenizer-report", "verify"}
     for module in commands.values():
         assert isinstance(module, ModuleType)
         assert module.HELP

@@ -90,6 +90,15 @@ def test_codes_that_do_not_fit_are_refused(tmp_path: Path, codes: torch.Tensor, 
         writer.append(codes)
 
 
-def test_codebook_must_fit_two_bytes() -> None:
-    with pytest.raises(ValueError, match="65536.*got 65537"):
-        dataclasses.replace(META, codebook_size=65537)
+def test_large_codebooks_take_four_bytes_a_code(tmp_path: Path) -> None:
+    large = dataclasses.replace(META, codebook_size=262_144)
+    codes = CODES * 4 + 3
+    with TokenWriter(tmp_path, large) as writer:
+        writer.append(codes)
+    assert (tmp_path / "tokens.bin").stat().st_size == 5 * 6 * 4
+    assert torch.equal(TokenCache(tmp_path, large).indices(slice(None)), codes)
+
+
+def test_codebook_must_fit_four_bytes() -> None:
+    with pytest.raises(ValueError, match="2147483648, got 2147483649"):
+        dataclasses.replace(META, codebook_size=2**31 + 1)

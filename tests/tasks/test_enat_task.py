@@ -115,7 +115,7 @@ def test_tokens_and_prompts_are_written_once_and_mapped(folders: Path, text: boo
     assert len(first) == NUM_VIEWS
     assert first.codes.dtype == "uint16"
     again = build(folders, text)
-    monkeypatch.setattr(again, "_encode", lambda rows: pytest.fail("encoded again"))
+    monkeypatch.setattr(again.frozen["vqvae"], "encode", lambda pictures: pytest.fail("encoded again"))
     monkeypatch.setattr(_prompts, "encode_text", lambda *args: pytest.fail("encoded again"))
     assert torch.equal(cast(TokenCache, again.dataset()).indices(slice(0, NUM_VIEWS)), first.indices(slice(0, NUM_VIEWS)))
 
