@@ -1,12 +1,9 @@
 """Time and memory of token and channel mixers at several numbers of tokens, beside attention."""
 
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
-from _timing import machine, timed
+from _timing import growth, in_own_process, machine, timed
 from torch import nn
 
 from genkit.blocks import stack
@@ -100,23 +97,11 @@ def _memory(text: str, n: int, dim: int, heads: int, backward: bool, device: str
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    code = f"import _bench_blocks as b; print(b.peak({text!r}, {n}, {dim}, {heads}, {backward}, {dtype!r}, {torch.get_num_threads()}))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
-    return float(found.stdout)
+    return in_own_process("_bench_blocks", f"peak({text!r}, {n}, {dim}, {heads}, {backward}, {dtype!r}, {torch.get_num_threads()})")
 
 
 def peak(text: str, n: int, dim: int, heads: int, backward: bool, dtype: str, threads: int) -> float:
     """Return the MB by which this process grows at most while a mixer runs, its kernels being loaded by a small run before (Linux)."""
     torch.set_num_threads(threads)
     _run(text, 64, dim, heads, backward, "cpu", dtype)()
-    run = _run(text, n, dim, heads, backward, "cpu", dtype)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from now on
-    before = _resident("VmRSS")
-    run()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> float:
-    """Return a line of the process's status in MB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1e3
+    return growth(_run(text, n, dim, heads, backward, "cpu", dtype))

@@ -4,7 +4,7 @@ import copy
 from typing import Any, Literal
 
 import torch
-from _timing import machine, report, timed
+from _timing import growth, in_own_process, machine, report, timed
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from genkit.convert import simvq, vim, vit_vqgan
 from genkit.generators.vim import VIMTransformer2DModel
 from genkit.pipelines.token_draws import inverse_cdf
+from genkit.pipelines.tokenizers import load_tokenizer
 from genkit.pipelines.vim import CodeWriter
 from genkit.tokenizers import conv_vqgan
 from genkit.tokenizers import vit_vqgan as vit
@@ -264,3 +265,42 @@ def conv_tokenizer(
         ways["genkit, bf16, compiled"] = torch.no_grad()(lambda: ours(fast))
     print(f"SimVQ's tokenizer, {part}, {batch} x {side}x{side}; {machine(device)}")
     report(timed(ways, repeats, device), batch, "pictures")
+
+
+def tiles(model: str = "genkit/enat-lowpoly", sides: tuple[int, ...] = (256, 512, 1024), threads: int = 0, repeats: int = 3) -> None:
+    """Time a tokenizer there and back on large pictures, whole and in tiles, and measure by what the process grows at most (Linux).
+
+    Args:
+        model: packaged name, folder or hub id.
+        sides: of the pictures in pixels.
+        threads: CPU threads; 0 leaves PyTorch's choice.
+        repeats: timed runs of each way.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    print(f"{model}, there and back, tiles of {load_tokenizer(model).config['sample_size']} pixels; {machine('cpu')}")
+    for side in sides:
+        ways = {f"{side}x{side}, {name}": _there_and_back(model, side, is_tiled) for name, is_tiled in (("whole", False), ("tiles", True))}
+        report(timed(ways, repeats, "cpu"), 1, "pictures")
+        peaks = [in_own_process("_bench_tokens", f"tile_peak({model!r}, {side}, {t}, {torch.get_num_threads()})") for t in (False, True)]
+        print(f"  grows by {peaks[0]:,.0f} MB whole, {peaks[1]:,.0f} MB in tiles")
+
+
+def _there_and_back(model: str, side: int, is_tiled: bool):  # type: ignore[no-untyped-def]
+    """Return what encodes and decodes a picture."""
+    tokenizer, x = load_tokenizer(model), torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        if is_tiled:
+            return tokenizer.tiled_decode(tokenizer.tiled_encode(x).indices).sample
+        return tokenizer(x).sample
+
+    return run
+
+
+def tile_peak(model: str, side: int, is_tiled: bool, threads: int) -> float:
+    """Return the MB by which this process grows at most, its kernels being loaded by a small run before."""
+    torch.set_num_threads(threads)
+    _there_and_back(model, 64, is_tiled)()
+    return growth(_there_and_back(model, side, is_tiled))

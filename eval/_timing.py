@@ -3,6 +3,8 @@
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -61,3 +63,24 @@ def report(timings: dict[str, Timing], count: int, what: str) -> None:
         else:
             agreement = f"{100 * (result == other).float().mean().item():.2f} % equal results"
         print(f"{name:21} {speed}; {ratios}; {agreement}")
+
+
+def growth(run: Callable[[], object]) -> float:
+    """Return the MB by which this process grows at most during a run (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from now on
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def in_own_process(module: str, call: str) -> float:
+    """Return the number that a function of a benchmark gives in a fresh process, where no memory is held from before."""
+    code = f"import {module}; print({module}.{call})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=sys.path[0])
+    return float(found.stdout)
+
+
+def _resident(name: str) -> float:
+    """Return a line of the process's status in MB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1e3

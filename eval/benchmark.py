@@ -7,6 +7,7 @@
     python eval/benchmark.py stage2 --threads 1                     # 1,024 codes one by one, 8 blocks x 512
     python eval/benchmark.py vit_tokenizer --threads 1              # ViT-VQGAN base encoder at 256 pixels; also --dtype bfloat16
     python eval/benchmark.py conv_tokenizer --threads 1             # SimVQ's decoder at 128 pixels; also --part encode
+    python eval/benchmark.py tiles --threads 1                      # large pictures through a tokenizer, whole and in tiles; with memory
     python eval/benchmark.py attend --threads 1                     # fused attention kernel against the written-out softmax
     OMP_NUM_THREADS=1 python eval/benchmark.py frechet --threads 1  # Frechet distance against scipy's matrix root; also --samples 500
     python eval/benchmark.py inception --threads 1                  # FID features against the plain fp32 loop; --files 64 with decoding
@@ -28,12 +29,12 @@ from _bench_enat import attend, enat, search
 from _bench_eval import frechet, inception
 from _bench_mesh import mesh, mesh_tokens
 from _bench_shape import shape
-from _bench_tokens import conv_tokenizer, stage2, vit_tokenizer
+from _bench_tokens import conv_tokenizer, stage2, tiles, vit_tokenizer
 from _bench_vdt import vdt
 from _bench_volume import volume
 from jsonargparse import auto_cli
 
 if __name__ == "__main__":
     parts = [enat, search, attend, frechet, inception, heun, distill, vdt, volume, shape, mesh, mesh_tokens]
-    parts += [stage2, vit_tokenizer, conv_tokenizer, blocks]
+    parts += [stage2, vit_tokenizer, conv_tokenizer, tiles, blocks]
     auto_cli({part.__name__: part for part in parts})

@@ -276,7 +276,8 @@ class NATTransformer2DModel(ModelMixin, ConfigMixin):
             mask = torch.cat([real, real.new_ones(len(real), self.num_tokens)], dim=1)
         widths = check_width(width, cast(Sequence[nn.Module], self.blocks), "NATTransformer2DModel")
         layout = Layout(grid=self.grid, prefix=condition.tokens.shape[1])
-        half, kept = len(self.blocks) // 2, list[Tensor]()
+        half = len(self.blocks) // 2
+        kept: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i > half and self.skips:
                 x = self.skips[i - half - 1](torch.cat([x, kept.pop()], dim=-1))
