@@ -2,9 +2,9 @@
 
     python eval/compression.py --model genkit/enat-lowpoly --train data/lowpoly/train.parquet --steps 300 --out runs/compression
 
-Size is that of the generator's weights alone: two bytes each as packaged; in the rows of integers those of the blocks' linear maps take the
-bits named, and one scale of two bytes a row. "dynamic int8" is torch's own (onednn or x86 kernels), its weights and inputs real integers;
-the other integers are rounded floats, as `genkit.blocks.integer` trains them, so that their seconds say nothing and are left out. Ranges of
+Size is that of the generator's weights alone: two bytes each as packaged; in the rows of integers those of the linear maps (of all, or
+"blocks": of the blocks) take the bits named, and one scale of two bytes a row. Rows of int8 are real integers (`to_int8`, by torchao); the
+others are rounded floats, as `genkit.blocks.integer` trains them, so that their seconds say nothing and are left out. Ranges of
 inputs are those of the first training batches.
 
 Pruning cuts hidden units of the MLPs by saliency on training batches (`genkit.blocks.pruning`). "trained on" means so many steps of the
@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from genkit import GenPipeline
-from genkit.blocks.integer import FakeQuantLinear, add_fake_quant
+from genkit.blocks.integer import FakeQuantLinear, add_fake_quant, to_int8
 from genkit.blocks.pruning import Saliency, pruned
 from genkit.data.prompts import PromptBuilder
 from genkit.paths import pretrained_dir, recipes_dir
@@ -113,11 +113,11 @@ class Bench:
         print(f"| {name} | {size / 1e6:.2f} | {shown} | {self.judge.distance(self.pictures, self.args.num_samples):.0f} |", flush=True)
 
 
-def size_of(network: nn.Module, bits: int = 16) -> float:
-    """Return bytes of weights, those of the blocks' linear maps with so many bits and a scale a row."""
+def size_of(network: nn.Module, bits: int = 16, inside: str = "blocks") -> float:
+    """Return bytes of weights, those of the linear maps of a part ("": of all) with so many bits and a scale a row."""
     total = 2.0 * sum(p.numel() for p in network.parameters())
     if bits < 16:
-        for part in network.get_submodule("blocks").modules():
+        for part in network.get_submodule(inside).modules():
             if isinstance(part, nn.Linear):
                 total += part.weight.numel() * (bits / 8 - 2) + 2 * part.out_features
     return total
@@ -139,11 +139,8 @@ def main() -> None:
     print(f"{machine('cpu')}; {bench.judge.count} real views, {args.num_samples} pictures a row, trainings of {args.steps} steps\n")
     print("| generator | MB | s per picture | Frechet distance |\n|---|---|---|---|")
     bench.row("as packaged", net, size_of(net))
-    from torch.ao.quantization import quantize_dynamic
-
-    whole = copy.deepcopy(net)
-    whole.blocks = quantize_dynamic(whole.blocks, {nn.Linear}, torch.qint8)
-    bench.row("dynamic int8", whole, size_of(net, 8))
+    for name, inputs in (("int8 weights", False), ("int8 weights and inputs", True)):
+        bench.row(name, to_int8(copy.deepcopy(net), inputs), size_of(net, 8, ""))
     for bits in BITS:
         rounded = copy.deepcopy(net)
         add_fake_quant(rounded, bits)
@@ -151,8 +148,8 @@ def main() -> None:
             part.training = isinstance(part, FakeQuantLinear)
         for _ in bench.batches(rounded, learn=False):
             pass
-        bench.row(f"{bits} bits", rounded, size_of(net, bits), timed=False)
-    bench.row("3 bits, trained on; inputs exact", bench.train("3-bits", net, "--task_config.fake_quant", json.dumps({"bits": 3})),
+        bench.row(f"{bits} bits, blocks", rounded, size_of(net, bits), timed=False)
+    bench.row("3 bits, blocks, trained on; inputs exact", bench.train("3-bits", net, "--task_config.fake_quant", json.dumps({"bits": 3})),
               size_of(net, 3), timed=False)  # fmt: skip
     saliency = Saliency(net)
     for _ in bench.batches(net, learn=True):

@@ -1,4 +1,4 @@
-"""Networks on integers: rounded weights and activations in training, and the integer forms of softmax, GELU and layer norm.
+"""Networks on integers: 8-bit weights, rounded weights and activations in training, integer forms of softmax, GELU and layer norm.
 
 A tensor is given as values and their scale, values / scale being whole numbers. Everything is computed in float32, as published; quotients
 are used as they come and not rounded first, which the floors behind them see.
@@ -194,3 +194,38 @@ def rounded(model: M) -> M:
             part.base.weight.copy_(part.weight)
             put_module(found, name, part.base)
     return found
+
+
+def to_int8(model: M, inputs: bool = False) -> M:
+    """Turn the weights of a model's linear maps into 8-bit integers with a scale per row, in place, by torchao.
+
+    The model computes as before and takes about a quarter of the memory of fp32; it can neither be trained nor saved afterwards.
+
+    Args:
+        model: the model.
+        inputs: also round the inputs of these maps to 8 bits, by the range of each token, and multiply integers ("dynamic").
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: without torchao.
+        ValueError: if it has no linear maps, or their weights are integers already.
+    """
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError("to_int8 needs torchao: pip install 'genkit-torch[int8]'.") from error
+    found = [part for part in model.modules() if isinstance(part, nn.Linear)]
+    if not found:
+        raise ValueError(f"to_int8: {type(model).__name__} has no linear maps.")
+    if has_integers(model):
+        raise ValueError(f"to_int8: the weights of {type(model).__name__} are integers already.")
+    config = Int8DynamicActivationInt8WeightConfig() if inputs else Int8WeightOnlyConfig()
+    quantize_(model, config, filter_fn=lambda part, name: isinstance(part, nn.Linear))
+    return model
+
+
+def has_integers(model: nn.Module) -> bool:
+    """Tell whether `to_int8` has been at a model."""
+    return any(isinstance(part, nn.Linear) and type(part.weight) not in (nn.Parameter, Tensor) for part in model.modules())

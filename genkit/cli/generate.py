@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mask", type=Path, metavar="FILE", help="black and white picture: white is painted anew, black is kept")
     add("--lora", type=Path, metavar="FOLDER", help="low-rank change of the model, from a training with task_config.lora")
     add("--lora-scale", type=float, default=1.0, metavar="S", help="how much of it (default: %(default)s)")
+    add("--int8", choices=("weights", "dynamic"), help="8-bit integers in the network's linear maps; dynamic: inputs too (needs torchao)")
     add_sampling(parser, "picture")
     add_json(parser)
 
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     pipe = load_pipeline(args)
     if args.lora is not None:
         pipe.load_lora(args.lora, args.lora_scale)
+    if args.int8 is not None:
+        pipe.to_int8(inputs=args.int8 == "dynamic")
     loaded = time.perf_counter()
     seeds = choose_seeds(args, len(args.prompt) * args.num_images)
     images = pipe(args.prompt, generator=seeds, **call_options(args, pipe)).images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import pkgutil
 import re
@@ -19,6 +20,7 @@ from genkit.checks import unknown
 from genkit.cli._output import say_error
 
 DESCRIPTION = "Generate, inspect, verify and convert with published generative systems."
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")  # torchao, where it is installed, on parts of itself
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
@@ -88,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 1 where a check failed (`verify`, `doctor`), 2 for an error, 130 when interrupted.
     """
     args = parse(sys.argv[1:] if argv is None else argv)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return int(args.run(args))
     except BrokenPipeError:

@@ -11,12 +11,13 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from genkit.blocks.integer import has_integers
 from genkit.catalogue import INDEX, shared_folder
 from genkit.checks import choose, unknown
 from genkit.paths import whole_folder
@@ -109,6 +110,10 @@ class GenPipeline(DiffusionPipeline):
         """
         if not options.pop("safe_serialization", True):
             raise ValueError("save_pretrained: safe_serialization=False would write pickles; genkit writes safetensors only.")
+        if any(has_integers(part) for part in self.components.values() if isinstance(part, nn.Module)):
+            raise ValueError(
+                "save_pretrained: weights after to_int8 are not saved; save the model before, and call to_int8 when it is opened."
+            )
         target = Path(save_directory)
         for entry in (shared or {}).values():
             shared_folder(entry)
@@ -132,10 +137,27 @@ class GenPipeline(DiffusionPipeline):
         """
         from genkit.blocks.lora import LoRAWeights
 
+        LoRAWeights.load(path).apply(self._generator("a LoRA could change"), scale)
+
+    def to_int8(self, inputs: bool = False) -> None:
+        """Turn the linear maps of the generator (`transformer`, else `unet`) into 8-bit integers, see `genkit.blocks.integer.to_int8`.
+
+        Args:
+            inputs: round the inputs of these maps too. Open the model anew to be without.
+
+        Raises:
+            ImportError: without torchao.
+        """
+        from genkit.blocks.integer import to_int8
+
+        to_int8(self._generator("integers could stand in"), inputs)
+
+    def _generator(self, purpose: str) -> nn.Module:
+        """Return the generating network; raises ValueError where there is none."""
         generator = getattr(self, "transformer", None) or getattr(self, "unet", None)
         if generator is None:
-            raise ValueError(f"{type(self).__name__} has no generator that a LoRA could change.")
-        LoRAWeights.load(path).apply(generator, scale)
+            raise ValueError(f"{type(self).__name__} has no generator that {purpose}.")
+        return cast(nn.Module, generator)
 
     def drain(
         self,
