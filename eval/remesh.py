@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10_000, help="shapes to look at, evenly spread over the data (default: all)")
     parser.add_argument("--points", type=int, default=20_000, help="on each surface; with few no edges are found (default: %(default)s)")
     parser.add_argument("--candidates", type=int, help="drawn, the nearest is kept; 1: most probable tokens (default: the model's)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, help="of the drawing (default: the model's)")
     parser.add_argument("--no-grammar", action="store_true", help="let illegal sequences through")
     parser.add_argument("--sheet", type=Path, help="picture of 24 shapes")
     parser.add_argument("--json", action="store_true")

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="draw tokens, or take the most probable (default: drawn where there are several candidates)",
     )
-    add("--temperature", type=float, default=1.0, metavar="T", help="of the drawing (default: %(default)s)")
+    add("--temperature", type=float, metavar="T", help="of the drawing (default: the model's)")
     add("--top-k", type=int, default=50, metavar="K", help="draw among so many, 0 for all (default: %(default)s)")
     add(
         "--top-p", type=float, default=0.95, metavar="P", help="draw among the most probable that make up this share (default: %(default)s)"

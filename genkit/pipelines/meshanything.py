@@ -91,7 +91,7 @@ class MeshAnythingPipeline(GenPipeline):
         vq_model: turns codes into faces, where the tokens are codes.
         num_points: sampled on a mesh, and taken of larger point clouds.
         max_faces: used when a call gives none; None for no limit but the number of tokens.
-        candidates: used when a call gives none.
+        candidates, temperature: used when a call gives none.
 
     Raises:
         ValueError: if the components do not fit together.
@@ -109,6 +109,7 @@ class MeshAnythingPipeline(GenPipeline):
         num_points: int = 8192,
         max_faces: int | None = None,
         candidates: int = 1,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         wanted = transformer.config["point_width"], transformer.config["num_points"]
@@ -122,10 +123,13 @@ class MeshAnythingPipeline(GenPipeline):
         if vq_model is not None and vq_model.config["codebook_size"] != transformer.config["num_codes"]:
             sizes = f"{transformer.config['num_codes']} and {vq_model.config['codebook_size']}"
             raise ValueError(f"MeshAnythingPipeline: transformer and vq_model have {sizes} codes.")
-        if num_points < 1 or candidates < 1:
-            raise ValueError(f"MeshAnythingPipeline: num_points and candidates must be at least 1, got {num_points} and {candidates}.")
+        if num_points < 1 or candidates < 1 or temperature <= 0:
+            raise ValueError(
+                "MeshAnythingPipeline: num_points and candidates must be at least 1 and temperature above 0, "
+                f"got {num_points}, {candidates} and {temperature}."
+            )
         self.register_modules(transformer=transformer, point_encoder=point_encoder, vq_model=vq_model)
-        self.register_to_config(num_points=num_points, max_faces=max_faces, candidates=candidates)
+        self.register_to_config(num_points=num_points, max_faces=max_faces, candidates=candidates, temperature=temperature)
 
     @torch.no_grad()
     def __call__(
@@ -135,7 +139,7 @@ class MeshAnythingPipeline(GenPipeline):
         max_faces: int | None = None,
         max_tokens: int | None = None,
         do_sample: bool | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int = 50,
         top_p: float = 0.95,
         face_target: int | None = None,
@@ -157,7 +161,7 @@ class MeshAnythingPipeline(GenPipeline):
             max_faces: budget of each mesh; the pipeline's own if None.
             max_tokens: ids of a sequence; None: enough for `max_faces`, or what the model was trained for.
             do_sample: draw ids; else take the most probable. None: draw them for candidates.
-            temperature, top_k, top_p: of the drawing.
+            temperature, top_k, top_p: of the drawing; temperature None: the pipeline's own.
             face_target, face_bias: faces to aim at, and how strongly, see `TokenSampling`.
             use_grammar: let only legal ids through. Off, the result is that of the released code.
             on_illegal: what to do with an illegal sequence: "raise", "repair" and count, or "official".
@@ -181,6 +185,7 @@ class MeshAnythingPipeline(GenPipeline):
         if candidates is None:
             candidates = 1 if do_sample is False else self.config["candidates"]
         do_sample = candidates > 1 if do_sample is None else do_sample
+        temperature = self.config["temperature"] if temperature is None else temperature
         sampling = TokenSampling(temperature, top_k, top_p, do_sample, face_target, face_bias)
         check_sampling(1, num_images_per_prompt, 1.0)
         if candidates < 1 or (candidates > 1 and not do_sample):

@@ -73,16 +73,19 @@ def test_the_nearest_of_some_candidates_is_kept(pipe: MeshAnythingPipeline) -> N
             pipe(BOX, candidates=count, do_sample=False)
 
 
-def test_a_model_says_how_many_candidates_it_wants(pipe: MeshAnythingPipeline) -> None:
-    own = type(pipe)(pipe.transformer, pipe.point_encoder, num_points=pipe.config["num_points"], candidates=3)
+def test_a_model_says_how_many_candidates_it_wants_and_how_they_are_drawn(pipe: MeshAnythingPipeline) -> None:
+    own = type(pipe)(pipe.transformer, pipe.point_encoder, num_points=pipe.config["num_points"], candidates=3, temperature=0.1)
     own.set_progress_bar_config(disable=True)
-    three = pipe(BOX, candidates=3, generator=[2])
+    three = pipe(BOX, candidates=3, temperature=0.1, generator=[2])
+    assert len(three.tokens[0]) != len(pipe(BOX, candidates=3, generator=[2]).tokens[0])
     assert three.seeds[0] in [2, *resolve_seeds(2, 2)]
     np.testing.assert_array_equal(own(BOX, generator=[2]).tokens[0], three.tokens[0])
     np.testing.assert_array_equal(own(BOX, do_sample=False, generator=[2]).tokens[0], pipe(BOX, generator=[2]).tokens[0])
     np.testing.assert_array_equal(own(BOX, candidates=1, generator=[2]).tokens[0], pipe(BOX, generator=[2]).tokens[0])
     with pytest.raises(ValueError, match="candidates must be at least 1"):
         type(pipe)(pipe.transformer, pipe.point_encoder, candidates=0)
+    with pytest.raises(ValueError, match="temperature above 0"):
+        type(pipe)(pipe.transformer, pipe.point_encoder, temperature=0.0)
 
 
 def test_budgets_and_targets_of_faces(pipe: MeshAnythingPipeline) -> None:
