@@ -167,8 +167,8 @@ class MeshAnythingPipeline(GenPipeline):
             on_illegal: what to do with an illegal sequence: "raise", "repair" and count, or "official".
             shell_depth: sample the points on a new surface around the mesh, of 2^depth grid points a side; None leaves the mesh as it is.
             num_images_per_prompt: meshes per shape.
-            candidates: meshes that are drawn for each one returned: the one nearest to the given surface (Chamfer distance). The first is
-                that of a call with one candidate. None: the pipeline's own, and one with do_sample=False.
+            candidates: meshes that are drawn for each one returned: the one nearest to the given surface (Chamfer distance). The first has
+                the seed of a call with one candidate. None: the pipeline's own, and one with do_sample=False.
             generator: int or `torch.Generator` that draws one seed per mesh, or a list of seeds, one per mesh; of the points too.
             samples_at_once: meshes that are evaluated together; None: one on a CPU, all elsewhere.
             callback_on_step_end: called as callback(pipe, index, timestep, fields) after each id.
@@ -195,6 +195,8 @@ class MeshAnythingPipeline(GenPipeline):
         clouds = [self.points(item, seed, shell_depth) for item, seed in zip(shapes, seeds, strict=True)]
         clouds = [cloud for cloud in clouds for _ in range(candidates)]
         drawn = [other for seed in seeds for other in (seed, *(resolve_seeds(seed, candidates - 1) if candidates > 1 else ()))]
+        if samples_at_once is None and self._execution_device.type == "cpu":
+            samples_at_once = candidates
         run, features = self.prepare(clouds, sampling, max_faces, max_tokens, use_grammar, samples_at_once)
         last = self.drain(loop(run, drawn), run.limit, callback_on_step_end, callback_on_step_end_tensor_inputs)
         found = self.decode(last.sample, features, on_illegal)
