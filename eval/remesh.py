@@ -1,6 +1,6 @@
 """Artist-like meshes of real shapes: how near they are to the artist's own, and to what quadric decimation leaves of the dense shape.
 
-    python eval/remesh.py --model FOLDER --data data/lowpoly/test.parquet --max-faces 200 --sheet sheet.png
+    python eval/remesh.py --data data/lowpoly/test.parquet --max-faces 200 --sheet sheet.png
 
 The shape is the artist's mesh, known by points of its surface. `decimated` closes it first (marching cubes of the distance, as
 `shell_depth` does) and then takes away faces until it has as many as our mesh; `dense` is what it starts from. Valid: the sequence ended
@@ -35,7 +35,7 @@ DEPTH = 7
 def main() -> None:
     """Parse the command line, remesh, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="packaged name, folder or official file")
+    parser.add_argument("--model", default="genkit/meshanything-lowpoly", help="packaged name, folder or official file")
     parser.add_argument("--data", required=True, help="parquet file with meshes, or folder of mesh files")
     parser.add_argument("--max-faces", type=int, default=200, help="of the artists' meshes, and of ours (default: %(default)s)")
     parser.add_argument("--count", type=int, default=10_000, help="shapes to look at, evenly spread over the data (default: all)")

@@ -111,8 +111,10 @@ def main() -> None:
     write_sidecar(folder, summary=args.summary, licence=args.licence, parameters=parameters, memory_mb=round(memory))
     seeds = list(range(1, args.per_prompt + 1))
     calls = [{"prompt": prompt, "num_images_per_prompt": len(seeds), "generator": seeds} for prompt in args.prompt]
-    argument = next(iter(inspect.signature(pipe.__call__).parameters))
-    calls += [{argument: load_mesh(Path(path)), "generator": [1]} for path in args.mesh]
+    known = inspect.signature(pipe.__call__).parameters
+    argument = next(iter(known))
+    draws = {"do_sample": False} if "do_sample" in known else {}  # the most probable tokens: those of any machine
+    calls += [{argument: load_mesh(Path(path)), "generator": [1], **draws} for path in args.mesh]
     if calls:
         certificate.write(folder, calls)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

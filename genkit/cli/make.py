@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from genkit.cli import generate, shape
+from genkit.cli import generate, remesh, shape
 from genkit.cli._models import check_model
 from genkit.cli._output import add_json, positive, print_json
 from genkit.cli._sampling import check_out_folder, seed
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder of the files; what is done there already is not done again")
     add("--image-model", default=generate.DEFAULT_MODEL, help="text to picture (default: %(default)s)")
     add("--shape-model", default=shape.DEFAULT_MODEL, help="picture to shape (default: %(default)s)")
-    add("--mesh-model", required=True, help="shape to low-poly mesh")
+    add("--mesh-model", default=remesh.DEFAULT_MODEL, help="shape to low-poly mesh (default: %(default)s)")
     add("--max-faces", type=positive, metavar="N", help="of the low-poly mesh (default: the model's)")
     add(
         "--candidates",

@@ -11,6 +11,7 @@ from genkit.cli._meshes import MESHES, POINTS, add_running, check_files, where_f
 from genkit.cli._output import positive, print_json
 from genkit.cli._sampling import load_pipeline
 
+DEFAULT_MODEL = "genkit/meshanything-lowpoly"
 HELP = "turn a scan, a dense mesh or a point cloud into a clean low-poly mesh"
 
 
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add = parser.add_argument
     add("shape", type=Path, help=f"{', '.join(MESHES)} or whatever else trimesh reads, +Y up; or points with unit normals [p, 6] as .npy")
-    add("--model", required=True, help="packaged name, folder or official file, see `genkit list`")
+    add("--model", default=DEFAULT_MODEL, help="packaged name, folder or official file, see `genkit list` (default: %(default)s)")
     add("--out", type=Path, default=Path("lowpoly.glb"), metavar="FILE", help="mesh to write (default: %(default)s)")
     add("--max-faces", type=positive, metavar="N", help="budget (default: the model's)")
     add("--face-target", type=positive, metavar="N", help="faces to aim at")
