@@ -134,7 +134,6 @@ class CodeTask(Task):
         captions = captions_of(data)
         self.class_names = [] if text else sorted(set(captions))
         ids = {name: i for i, name in enumerate(self.class_names)}
-        self.num_rows = len(captions) * (2 if config.flip else 1)
         self.labels = torch.tensor([] if text else [ids[caption] for caption in captions] * (2 if config.flip else 1))
         self.prompts: Sequence[Sequence[Any]] = [(caption,) for caption in captions]
         if text:
