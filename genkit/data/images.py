@@ -141,7 +141,9 @@ def open_dataset(path: str | Path, size: int = 64) -> ViewDataset | ImageFolderD
         ValueError: for a picture instead of a folder.
     """
     local = Path(path).expanduser()
-    if local.is_file() and local.suffix.lower() in SUFFIXES:
+    if local.suffix.lower() in SUFFIXES and not local.is_dir():
+        if not local.exists():
+            raise FileNotFoundError(f"there is no picture at {str(path)!r}, and no folder of pictures.")
         raise ValueError(f"{path} is a single picture; give the folder it lies in.")
     if local.is_dir() and next(local.rglob("*.parquet"), None) is None:
         return ImageFolderDataset(local, size)

@@ -89,6 +89,7 @@ def test_report_writes_a_page_and_says_the_figures(folder: str, tmp_path: Path, 
         (["tokenize", "{folder}", "--size", "66"], "multiples of the patch 4x4, got 66x66"),
         (["tokenize", "{folder}", "--size", "128", "--tile", "30"], "multiples of the patch 4x4, got 30x30"),
         (["tokenize", "missing"], "missing"),
+        (["tokenize", "missing.png"], "there is no picture at 'missing.png'"),
     ],
 )
 def test_wrong_input_is_one_line(
