@@ -14,7 +14,7 @@ MIXERS = (
     "reduced(kv='conv', q_conv=True)", "cga", "shsa", "latent", "linear", "linear(causal=True)", "retention", "retention(scan='bidir')",
     "retention(decay='data', gate=True)", "conv", "conv(k=7)", "conv(kind='mhca')", "conv(kind='pool')",
     "graph", "modulation", "modulation(e=4)", "group", "group(order='snake')", "axial_kernel", "linear(feature='hash')", "lmu",
-    "mlp", "mlp(ratio=2)", "mlp(ratio=1)", "memory",
+    "mlp", "mlp(ratio=2)", "mlp(ratio=1)", "conv_mlp", "memory",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def blocks(
         print("| " + " | ".join(row) + " |")
 
 
-def _module(text: str, dim: int, heads: int) -> nn.Module:
+def mixer_alone(text: str, dim: int, heads: int) -> nn.Module:
     """Return a mixer alone."""
     torch.manual_seed(0)
     return stack.parse(text)[0][0].build(dim, heads=heads)
@@ -65,7 +65,7 @@ def _module(text: str, dim: int, heads: int) -> nn.Module:
 
 def _parameters(text: str, dim: int, heads: int) -> float:
     """Return the weights of a mixer in millions."""
-    return sum(parameter.numel() for parameter in _module(text, dim, heads).parameters()) / 1e6
+    return sum(parameter.numel() for parameter in mixer_alone(text, dim, heads).parameters()) / 1e6
 
 
 def _run(text: str, n: int, dim: int, heads: int, backward: bool, device: str, dtype: str):  # type: ignore[no-untyped-def]
@@ -73,7 +73,7 @@ def _run(text: str, n: int, dim: int, heads: int, backward: bool, device: str, d
     side = round(n**0.5)
     if side * side != n:
         raise SystemExit(f"tokens must be squares such as 1024, got {n}.")
-    mixer = _module(text, dim, heads).to(device, getattr(torch, dtype))
+    mixer = mixer_alone(text, dim, heads).to(device, getattr(torch, dtype))
     x = torch.randn(1, n, dim, device=device, dtype=getattr(torch, dtype), requires_grad=backward)
 
     def run() -> torch.Tensor:

@@ -19,6 +19,7 @@
     python eval/benchmark.py mesh --threads 1                       # tokens of MeshAnything V2 at contexts of 300 to 4,500
     python eval/benchmark.py mesh_tokens                            # a mesh of 1,280 faces to tokens and back
     python eval/benchmark.py blocks --threads 1                     # every mixer at 256, 1,024 and 4,096 tokens; also --backward true
+    python eval/benchmark.py forms --threads 1                      # mixers as released against the form here: seconds and memory
 
 Prints the machine, threads, dtype, and of each way the median and the spread. The tokens of both ways must be equal in float32.
 """
@@ -27,6 +28,7 @@ from _bench_blocks import blocks
 from _bench_distill import distill, heun
 from _bench_enat import attend, enat, search
 from _bench_eval import frechet, inception
+from _bench_forms import forms
 from _bench_mesh import mesh, mesh_tokens
 from _bench_shape import shape
 from _bench_tokens import conv_tokenizer, stage2, tiles, vit_tokenizer
@@ -36,5 +38,5 @@ from jsonargparse import auto_cli
 
 if __name__ == "__main__":
     parts = [enat, search, attend, frechet, inception, heun, distill, vdt, volume, shape, mesh, mesh_tokens]
-    parts += [stage2, vit_tokenizer, conv_tokenizer, tiles, blocks]
+    parts += [stage2, vit_tokenizer, conv_tokenizer, tiles, blocks, forms]
     auto_cli({part.__name__: part for part in parts})

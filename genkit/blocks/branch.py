@@ -210,6 +210,9 @@ class Block(nn.Module):
             ValueError: if a branch cannot work chunk by chunk.
         """
         mixers = [branch.f for branch in self._branches()]
+        for f in mixers:
+            if isinstance(f, ChannelMixer) and not f.config.caps.cache:
+                raise refusal(f.config, "cache")
         return [f.new_cache(batch, max_len, device=device, dtype=dtype) if isinstance(f, TokenMixer) else None for f in mixers]
 
     def project_context(self, context: Tensor, cond: Tensor | None = None) -> list[tuple[Tensor, Tensor] | None]:

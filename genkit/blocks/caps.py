@@ -109,7 +109,7 @@ class TokenMixer(nn.Module):
 
 
 class ChannelMixer(nn.Module):
-    """Base of the modules that act on each token alone; `config` holds the options."""
+    """Base of the modules that work on channels, each token alone or (`conv_mlp`) beside its neighbours; `config` holds the options."""
 
     config: MixerConfig
 

@@ -1,7 +1,8 @@
 """The stack string: which mixers a model's blocks are made of, written as an expression.
 
 `name` or `name(option=literal)` is a mixer, `a + b` are the branches of one block, `* 6` repeats a block or a parenthesised list,
-`,` starts the next block: "(attention(heads=6) + mlp) * 6, mlp". The text is read with `ast` and never evaluated.
+`,` starts the next block: "(attention(heads=6) + mlp) * 6, mlp". A preset, `name(depth)`, is a list of so many blocks. The text is read
+with `ast` and never evaluated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from genkit.blocks import (  # noqa: F401  (their import enters the mixers in MI
     axial_kernel,
     cga,
     conv,
+    conv_mlp,
     graph,
     group,
     latent,
@@ -36,6 +38,18 @@ from genkit.blocks.caps import MIXERS, Caps, MixerConfig
 from genkit.checks import unknown
 
 BlockConfig = tuple[MixerConfig, ...]
+
+PRESETS = {
+    "dit": "attention + mlp",
+    "dit_fast256": "shsa + mlp, shsa + mlp, attention + mlp",
+    "dit_hires": "window + mlp, window(shift=4) + mlp, window + mlp, attention + mlp",
+    "ar_state": "(retention + mlp) * 3, attention(causal=True) + mlp",
+    "video": "axial('f') + axial + mlp",
+    "tok_enc": "modulation, modulation(e=4)",
+    "points": "group(order='morton', window=(0.01, 0.01)) + mlp, latent + mlp",
+}
+"""Blocks that follow each other again and again, up to the depth: for generators of pictures, of 16 x 16 tokens and of many; for one token
+after the other; video; a tokenizer's towers; points in a box of about [-1, 1]. Saved models hold these names: they stay as they are."""
 
 
 class Stack(tuple[BlockConfig, ...]):
@@ -159,6 +173,12 @@ def _able(missing: list[str]) -> str:
     return f" Try {', '.join(able)}." if able else ""
 
 
+def _preset(node: ast.expr) -> str:
+    """Return the preset that an expression names, or nothing."""
+    function = node.func if isinstance(node, ast.Call) else node
+    return function.id if isinstance(function, ast.Name) and function.id in PRESETS else ""
+
+
 class _Reader:
     """Turns one stack string into blocks."""
 
@@ -188,13 +208,25 @@ class _Reader:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             count = self.count(node.right)
             return self.blocks(node.left) * count
+        if _preset(node):
+            return self.preset(node)
         return [self.block(node)]
+
+    def preset(self, node: ast.expr) -> list[BlockConfig]:
+        """The blocks of `name(depth)`."""
+        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "depth")] if isinstance(node, ast.Call) else []
+        name = _preset(node)
+        if len(given) != 1 or (isinstance(node, ast.Call) and len(node.args) + len(node.keywords) != 1):
+            raise self.error(self.at(node), f"{name} is a preset; write how many blocks, as in {name}(12).")
+        pattern = parse(PRESETS[name])
+        return [pattern[i % len(pattern)] for i in range(self.count(given[0]))]
 
     def count(self, node: ast.expr) -> int:
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0:
             return node.value
         raise self.error(
-            self.at(node), f"`*` repeats a block as in `(a + b) * 6`; expected a positive whole number, got {ast.unparse(node)!r}."
+            self.at(node),
+            f"blocks are counted as in `(a + b) * 6` or `dit(6)`; expected a positive whole number, got {ast.unparse(node)!r}.",
         )
 
     def block(self, node: ast.expr) -> BlockConfig:
@@ -203,7 +235,7 @@ class _Reader:
             return self.block(node.left) + self.block(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             raise self.error(self.at(node), "`*` binds tighter than `+`; to repeat the whole block write `(a + b) * 2`.")
-        if isinstance(node, ast.Tuple):
+        if isinstance(node, ast.Tuple) or _preset(node):
             raise self.error(self.at(node), "`+` joins the branches of one block and cannot join lists of blocks; use `,`.")
         return (self.mixer(node),)
 
@@ -213,7 +245,7 @@ class _Reader:
         if not isinstance(function, ast.Name):
             raise self.error(self.at(node), f"expected a block name, `name(options)`, `+`, `*` or `,`, got {ast.unparse(node)!r}.")
         if function.id not in MIXERS:
-            raise self.error(self.at(function), unknown(function.id, MIXERS, "block"))
+            raise self.error(self.at(function), unknown(function.id, [*MIXERS, *PRESETS], "block"))
         config = MIXERS[function.id]
         try:
             return config(**self.options(config, node) if isinstance(node, ast.Call) else {})

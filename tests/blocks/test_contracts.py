@@ -38,6 +38,8 @@ MIXER_TEXTS = [
     "conv",
     "conv(kind='mhca', norm='bn')",
     "conv(kind='pool', norm='ln')",
+    "conv_mlp",
+    "conv_mlp(ratio=2, k=5, norm='bn', bias=False)",
     "graph",
     "graph(K=1, norm='bn')",
     "group(size=5)",

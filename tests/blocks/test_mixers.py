@@ -15,6 +15,7 @@ from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.axial_kernel import AxialKernelConfig
 from genkit.blocks.cga import CGAConfig
 from genkit.blocks.conv import ConvConfig, to_map, to_tokens
+from genkit.blocks.conv_mlp import ConvMLPConfig
 from genkit.blocks.fca import FcaBlock
 from genkit.blocks.folding import fold_batch_norms
 from genkit.blocks.graph import relative
@@ -24,6 +25,7 @@ from genkit.blocks.layout import Layout
 from genkit.blocks.linear import LinearConfig
 from genkit.blocks.lmu import LMUConfig, legendre_system
 from genkit.blocks.memory import MemoryLayer
+from genkit.blocks.mlp import MLPConfig
 from genkit.blocks.modulation_mixer import ModulationConfig
 from genkit.blocks.next_vit import NextViTBlock
 from genkit.blocks.reduced import ReducedConfig
@@ -102,6 +104,27 @@ def test_prefix_tokens_enter_every_window_and_have_no_neighbours() -> None:
     out = conv(x, layout=layout)
     assert_close(out[:, 2:], conv(x[:, 2:], layout=Layout(grid=(3, 4))))
     assert not out[:, :2].any()
+
+
+def test_an_mlp_with_a_convolution_is_an_mlp_whose_hidden_units_see_their_neighbours() -> None:
+    torch.manual_seed(0)
+    mixer, x = ConvMLPConfig(ratio=2, act="relu").build(D), tokens(14)
+    hidden = mixer.fc1(x).relu()
+    image = mixer.filters(hidden[:, 2:].view(3, 3, 4, 2 * D).permute(0, 3, 1, 2))
+    expected = mixer.fc2(image.permute(0, 2, 3, 1).reshape(3, 12, 2 * D).relu())
+    out = mixer(x, layout=Layout(grid=(3, 4), prefix=2))
+    assert_close(out[:, 2:], expected, rtol=1e-5, atol=1e-6)
+    assert_close(out[:, :1], mixer(x[:, :1], layout=Layout(grid=(1, 1))), rtol=1e-5, atol=1e-6)
+    both = mixer(torch.cat([x[:, 2:], x[:, 2:].flip(1)], dim=1), layout=Layout(grid=(2, 3, 4)))
+    assert_close(both[:, :12], expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        mixer.filters.weight.zero_()[:, :, 1, 1] = 1
+        mixer.filters.bias.zero_()  # type: ignore[union-attr]
+    plain = MLPConfig(ratio=2, act="relu").build(D)
+    plain.load_state_dict({key: value for key, value in mixer.state_dict().items() if key.startswith("fc")})
+    assert_close(mixer(x, layout=Layout(grid=(2, 7))), plain(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"conv_mlp\(ratio=2, act='relu'\) does not take width"):
+        mixer(x, layout=Layout(grid=(2, 7)), width=0.5)
 
 
 @pytest.mark.parametrize("text", ["window(size=2, shift=1)", "conv(kind='pool')", "latent(m=4, source='pool')", "retention(scan='cross')"])
@@ -316,7 +339,13 @@ def test_convolutions_commute_with_shifts_away_from_the_border(kind: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["conv(norm='bn') + bn_mlp", "shsa(bn=True, p=4) + mlp", "reduced(kv='conv', norm='bn', q_conv=True) + mlp(gated=True)"]
+    "text",
+    [
+        "conv(norm='bn') + bn_mlp",
+        "conv_mlp(norm='bn')",
+        "shsa(bn=True, p=4) + mlp",
+        "reduced(kv='conv', norm='bn', q_conv=True) + mlp(gated=True)",
+    ],
 )
 @pytest.mark.parametrize("norm", ["none", "bn"])
 def test_folded_batch_norms_change_nothing(text: str, norm: str) -> None:
@@ -329,10 +358,11 @@ def test_folded_batch_norms_change_nothing(text: str, norm: str) -> None:
     folded = fold_batch_norms(block)
     assert_close(folded(x, layout=layout), block(x, layout=layout), rtol=1e-5, atol=1e-5)
     left = sum("running_mean" in key for key in folded.state_dict())
-    assert left < sum("running_mean" in key for key in block.state_dict()) and left == (norm == "bn") * (2 if "bn_mlp" in text else 1)
+    kept = {"conv(norm='bn') + bn_mlp": 2}.get(text, 1)  # norms in front of a mixer; those in front of an MLP are folded too
+    assert left < sum("running_mean" in key for key in block.state_dict()) and left == (norm == "bn") * kept
 
 
-@pytest.mark.parametrize("text", ["window", "conv", "reduced", "latent(source='pool')", "retention(scan='cross')"])
+@pytest.mark.parametrize("text", ["window", "conv", "conv_mlp", "reduced", "latent(source='pool')", "retention(scan='cross')"])
 def test_mixers_of_grids_name_what_they_need(text: str) -> None:
     mixer = stack.parse(text)[0][0].build(D, heads=HEADS)
     for layout in (None, Layout(), Layout(grid=(2, 2)), Layout(grid=(6,))):
@@ -363,6 +393,8 @@ def test_mixers_of_grids_name_what_they_need(text: str) -> None:
         ("latent(m=5, source='pool')", "square number of latents"),
         ("latent(m=0)", "m must be positive"),
         ("bn_mlp(ratio=0)", "ratio must be positive"),
+        ("conv_mlp(ratio=0)", "ratio must be positive"),
+        ("conv_mlp(k=2)", "k must be odd"),
         ("shsa(p=9)", "got p=9, dim=8"),
         ("linear(heads=3)", "divisible by heads, got dim=8, heads=3"),
     ],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from genkit.blocks import stack
 from genkit.blocks.attention import AttentionConfig
 from genkit.blocks.caps import Caps
+from genkit.blocks.layout import Layout
 from genkit.blocks.mlp import MLPConfig
 
 A, M = AttentionConfig(), MLPConfig()
@@ -29,12 +31,19 @@ A, M = AttentionConfig(), MLPConfig()
         ("mlp(4)", [(M,)], "mlp"),
         ("mlp(2.0, nested=[0.5, 1])", [(MLPConfig(2, nested=(0.5, 1)),)], "mlp(ratio=2, nested=(0.5, 1))"),
         ("\n  attention(causal=True)\n  + mlp(act='tanh')", [(AttentionConfig(causal=True), MLPConfig(act="tanh"))], None),
+        ("dit(2), mlp", [(A, M), (A, M), (M,)], "(attention + mlp) * 2, mlp"),
+        ("dit_fast256(depth=5)", None, "(shsa + mlp) * 2, attention + mlp, (shsa + mlp) * 2"),
+        ("dit_hires(4) * 1", None, "window + mlp, window(shift=4) + mlp, window + mlp, attention + mlp"),
+        ("ar_state(4)", None, "(retention + mlp) * 3, attention(causal=True) + mlp"),
+        ("video(2)", None, "(axial(axes='f') + axial + mlp) * 2"),
+        ("tok_enc(3)", None, "modulation, modulation(e=4), modulation"),
+        ("points(2)", None, "group(order='morton', window=(0.01, 0.01)) + mlp, latent + mlp"),
         ("attention(key_dim=64, qkv_bias=False)", [(AttentionConfig(key_dim=64, qkv_bias=False),)], None),
     ],
 )
-def test_parse_gives_the_blocks_and_str_parses_back_to_them(text: str, blocks: list, canonical: str | None) -> None:
+def test_parse_gives_the_blocks_and_str_parses_back_to_them(text: str, blocks: list | None, canonical: str | None) -> None:
     parsed = stack.parse(text)
-    assert parsed == tuple(blocks)
+    assert blocks is None or parsed == tuple(blocks)
     assert canonical is None or str(parsed) == canonical
     assert stack.parse(str(parsed)) == parsed
     assert str(stack.parse(str(parsed))) == str(parsed)
@@ -43,7 +52,11 @@ def test_parse_gives_the_blocks_and_str_parses_back_to_them(text: str, blocks: l
 @pytest.mark.parametrize(
     ("text", "column", "message"),
     [
-        ("atention + mlp", 1, r"unknown block 'atention'. Did you mean 'attention'\? Known: attention, axial, axial_kernel, bn_mlp, "),
+        (
+            "atention + mlp",
+            1,
+            r"unknown block 'atention'. Did you mean 'attention'\? Known: ar_state, attention, axial, ",
+        ),
         ("attention + mpl", 13, "Did you mean 'mlp'"),
         ("attention(head=3)", 11, "unknown option of attention: 'head'. Did you mean 'heads'"),
         ("mlp, attention(rope='3d')", 6, "unknown value of attention option rope: '3d'"),
@@ -64,6 +77,13 @@ def test_parse_gives_the_blocks_and_str_parses_back_to_them(text: str, blocks: l
         ("mlp - mlp", 1, "expected a block name"),
         ("__import__('os').remove('x')", 1, "expected a block name"),
         ("()", 1, "empty list"),
+        ("mlp, dit", 6, r"dit is a preset; write how many blocks, as in dit\(12\)"),
+        ("dit(2, 3)", 1, "dit is a preset"),
+        ("dit(heads=3)", 1, "dit is a preset"),
+        ("dit(2, heads=3)", 1, "dit is a preset"),
+        ("dit(0)", 5, "expected a positive whole number, got '0'"),
+        ("dit(2) + mlp", 1, "cannot join lists of blocks; use `,`"),
+        ("dit_fast(3)", 1, "Did you mean 'dit_fast256'"),
         ("mlp(", 4, "not an expression"),
         ("mlp mlp", 5, "not an expression"),
         ("attention(causal=True, keys='context')", 1, "needs keys='self' or 'both'"),
@@ -78,6 +98,16 @@ def test_errors_name_the_column_and_what_was_expected(text: str, column: int, me
 def test_what_is_not_a_stack_string_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="must be a string such as"):
         stack.parse(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", stack.PRESETS)
+def test_presets_are_built_and_run(name: str) -> None:
+    layout = Layout(grid=(2, 2, 3), pos=torch.rand(1, 12, 3))
+    x = torch.randn(2, 12, 16)
+    blocks = stack.build(f"{name}(4)", 16, heads=4)
+    for block in blocks:
+        x = block(x, layout=layout)
+    assert len(blocks) == 4 and x.shape == (2, 12, 16) and x.isfinite().all()
 
 
 def test_needs_are_checked_before_anything_is_built() -> None:
