@@ -34,10 +34,12 @@ MLP, NESTED = "mlp(ratio=2)", (0.25, 0.5, 1.0)
 GENERATORS = {  # seven blocks, as the recipe's depth of 6 means
     "attention": f"(attention + {MLP}) * 7",
     "shsa": f"(shsa + {MLP}) * 7",
+    "shsa, attention": f"(shsa + {MLP}, shsa + {MLP}, attention + {MLP}) * 2, shsa + {MLP}",
     "window, attention": f"window(8) + {MLP}, (attention + {MLP}, window(8) + {MLP}) * 3",
     "reduced": f"(reduced(r=2) + {MLP}) * 7",
     "linear": f"(linear + {MLP}) * 7",
     "retention": f"(retention(scan='bidir') + {MLP}) * 7",
+    "attention, conv mlp": "(attention + conv_mlp(ratio=2)) * 7",
     "nested mlp": f"(attention + mlp(ratio=2, nested={NESTED})) * 7",
 }
 DECODERS = {  # four blocks
