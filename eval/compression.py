@@ -39,6 +39,7 @@ from genkit.training.task import StepContext
 RECIPE, TEXT, TEXT_PARTS = "enat_lowpoly.yaml", "text-lowpoly", ("text_encoder", "tokenizer")
 BATCHES = 16  # for ranges and saliency
 BITS, SHARES = (8, 4, 3), (0.75, 0.5, 0.25)
+KINDS = ("integers", "pruning")
 
 
 class Bench:
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--model", default="genkit/enat-lowpoly", help="ENAT pipeline of that recipe (default: %(default)s)")
     parser.add_argument("--train", required=True, help="parquet file of the training views")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--rows", nargs="+", choices=KINDS, default=KINDS, help="beside the packaged model (default: all)")
     parser.add_argument("--steps", type=int, default=300, help="of each training (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=5e-4, help="of these trainings (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=620, help="pictures of each row (default: %(default)s)")
@@ -139,6 +141,14 @@ def main() -> None:
     print(f"{machine('cpu')}; {bench.judge.count} real views, {args.num_samples} pictures a row, trainings of {args.steps} steps\n")
     print("| generator | MB | s per picture | Frechet distance |\n|---|---|---|---|")
     bench.row("as packaged", net, size_of(net))
+    if "integers" in args.rows:
+        integers(bench, net)
+    if "pruning" in args.rows:
+        pruning(bench, net)
+
+
+def integers(bench: Bench, net: Any) -> None:
+    """Print the rows of integers."""
     for name, inputs in (("int8 weights", False), ("int8 weights and inputs", True)):
         bench.row(name, to_int8(copy.deepcopy(net), inputs), size_of(net, 8, ""))
     for bits in BITS:
@@ -151,6 +161,10 @@ def main() -> None:
         bench.row(f"{bits} bits, blocks", rounded, size_of(net, bits), timed=False)
     bench.row("3 bits, blocks, trained on; inputs exact", bench.train("3-bits", net, "--task_config.fake_quant", json.dumps({"bits": 3})),
               size_of(net, 3), timed=False)  # fmt: skip
+
+
+def pruning(bench: Bench, net: Any) -> None:
+    """Print the rows of pruned widths."""
     saliency = Saliency(net)
     for _ in bench.batches(net, learn=True):
         saliency.update()

@@ -8,6 +8,7 @@ views of game assets SimVQ's own start had 4 % of 1,024 codes in use after 500 s
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from genkit.tasks._tokenizer import QuantizerConfig, TokenizerConfig, TokenizerTask
 from genkit.tokenizers.vit_vqgan import ViTVQModel
@@ -17,7 +18,7 @@ __all__ = ["Config", "QuantizerConfig", "TowerConfig", "ViTVQTask", "build"]
 
 @dataclass
 class TowerConfig:
-    """One transformer tower: width, blocks, heads, MLP width, head width and the MLP's activation."""
+    """One transformer tower: width, blocks, heads, MLP width, head width, the MLP's activation; or other blocks by a stack string."""
 
     dim: int = 128
     depth: int = 3
@@ -25,6 +26,11 @@ class TowerConfig:
     mlp_dim: int = 512
     dim_head: int = 32
     act: str = "gelu"
+    stack: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the tower's part of a model's configuration."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -53,8 +59,8 @@ class ViTVQTask(TokenizerTask):
         config = self.config
         return ViTVQModel(
             patch_size=config.patch_size,
-            encoder_config=asdict(config.encoder),
-            decoder_config=asdict(config.decoder),
+            encoder_config=config.encoder.settings(),
+            decoder_config=config.decoder.settings(),
             quantizer_config=config.quantizer.settings(),
             stem=config.stem,
             sample_size=config.image_size,

@@ -17,6 +17,7 @@ from genkit.tokenizers.quantizers import SimVQ, build_quantizer
 from genkit.tokenizers.quantizers.stats import CodebookStats
 from genkit.tokenizers.vit_vqgan import ViTVQModel
 from genkit.training.config import TrainConfig
+from genkit.training.launch import resolve
 from genkit.training.loop import Trainer
 from genkit.training.task import Phase, StepContext
 from tests.data.toy import strips, write_views
@@ -47,6 +48,20 @@ def test_loss_is_the_weighted_sum_of_its_terms(data: str) -> None:
     phase = one_step(task, 0)
     logs = phase.logs
     assert_close(phase.loss, 2 * logs["l1"] + 0.5 * logs["l2"] + 0.25 * logs["commitment"] + logs["codebook"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_tower_takes_a_stack_string_from_a_recipe(data: str) -> None:
+    stack, tower = "cga(window=2) + mlp(2), modulation", {"dim": 16, "depth": 1, "heads": 2, "mlp_dim": 16}
+    settings = {"data": data, "image_size": 8, "patch_size": 2, "perceptual_weight": 0.0, "encoder": tower, "decoder": tower | {"depth": 2}}
+    recipe = {"task": "vit_vqgan", "task_config": settings, "train": {"out": "runs", "steps": 1, "batch_size": 4}}
+    _, resolved, _ = resolve(recipe, None, ["--task_config.decoder.stack", stack])
+    task = vit_vqgan.build(resolved)
+    model = cast(ViTVQModel, task.modules["vqvae"])
+    assert model.config["decoder_config"]["stack"] == stack and "stack" not in model.config["encoder_config"]
+    phase = one_step(task, 0)
+    phase.loss.backward()
+    assert phase.loss.isfinite() and all(p.grad is not None for name, p in model.named_parameters() if name.startswith("decoder.blocks"))
+    assert any("filters" in name for name, _ in model.named_parameters())
 
 
 def test_quantizer_learns_only_after_its_start(data: str) -> None:
