@@ -35,6 +35,7 @@ class ViewJudge:
         real = [self.network.features(torch.stack([self.views[i]["image"] for i in rows[k : k + 64]])) for k in range(0, len(rows), 64)]
         self.reference = statistics_of(torch.cat(real), SOURCE)
 
+    @torch.no_grad()
     def distance(self, pictures: Callable[[range], Tensor], count: int, batch_size: int = 62) -> float:
         """Return the distance of pictures 0 .. count - 1; `pictures` gives those of some numbers, [b, 3, h, w] in [-1, 1]."""
         chosen = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]

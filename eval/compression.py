@@ -94,6 +94,7 @@ class Bench:
                         phase.loss.backward()  # type: ignore[no-untyped-call]
             yield step
 
+    @torch.no_grad()
     def pictures(self, chosen: range) -> torch.Tensor:
         """Return pictures [b, 3, h, w] in [-1, 1] of the pipeline as it is."""
         pipe: Any = self.pipe

@@ -77,6 +77,7 @@ def generator(args: argparse.Namespace, name: str, stack: str) -> list[tuple[str
     judge, classes, rows = ViewJudge(args.train, VIEWS), len(pipe.id2label), []
     for width in nested or [None]:
 
+        @torch.no_grad()
         def make(chosen: range, width: float | None = width) -> torch.Tensor:
             *_, last = pipe.iterate([i % classes for i in chosen], generator=list(chosen), width=width)
             images: torch.Tensor = pipe.decode(last.sample).clamp(-1, 1)
