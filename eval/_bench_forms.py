@@ -12,7 +12,7 @@ from _bench_blocks import mixer_alone
 from _timing import growth, in_own_process, machine, timed
 from torch import Tensor
 
-from genkit.blocks import attention, cga, reduced, shsa
+from genkit.blocks import attention, cga, graph, reduced, shsa
 from genkit.blocks.bias_table import BiasTable
 from genkit.blocks.hash_attention import KernelHash
 from genkit.blocks.layout import Layout
@@ -44,6 +44,16 @@ def distance_tensor(code: KernelHash, q: Tensor) -> Tensor:
     return torch.exp(-distances / (2 * distances.mean((-2, -1), keepdim=True)))
 
 
+def rolled_differences(x: Tensor, k: int, method: str = "auto") -> Tensor:
+    """Take the largest of all differences to a map that is rolled, channels in front in memory."""
+    x = x.contiguous()
+    found = torch.zeros_like(x)
+    for axis in (2, 3):
+        for shift in range(k, x.shape[axis], k):
+            found = torch.maximum(found, x - x.roll(shift, axis))
+    return found
+
+
 def _forms(n: int) -> dict[str, tuple[str, str, list[Patch]]]:
     """Return mixer here -> (what is released, mixer that computes it, what is put in place of our functions)."""
     side = math.isqrt(n)
@@ -57,7 +67,7 @@ def _forms(n: int) -> dict[str, tuple[str, str, list[Patch]]]:
         "shsa": ("softmax matrix", "shsa", [(shsa, "attend", softmax_matrix)]),
         "cga, whole grid": ("softmax matrix", f"cga({side})", [(cga, "attend", softmax_matrix)]),
         "reduced(r=2)": ("softmax matrix", "reduced(r=2)", [(reduced, "attend", softmax_matrix)]),
-        "graph": ("map rolled for every neighbour", "graph(method='roll')", []),
+        "graph": ("difference to a rolled map for every neighbour", "graph", [(graph, "relative", rolled_differences)]),
         "retention": ("one matrix of all tokens", f"retention(chunk={n})", []),
         "linear(feature='hash')": ("tensor of differences", "linear(feature='hash')", [(KernelHash, "similarities", distance_tensor)]),
     }  # fmt: skip
@@ -65,7 +75,7 @@ def _forms(n: int) -> dict[str, tuple[str, str, list[Patch]]]:
 
 def _ours(name: str, text: str) -> str:
     """Return the stack string of the mixer here."""
-    return name if name in ("graph", "retention") else text
+    return name if name == "retention" else text
 
 
 @contextlib.contextmanager

@@ -4,9 +4,9 @@
     python eval/mixers.py tokenizer --train data/lowpoly/train.parquet --test data/lowpoly/test.parquet --minutes 5 --out runs/decoders
 
 nat: `pipelines/recipes/nat_lowpoly.yaml` for classes, a caption of the data each, because most mixers cannot leave out the padding of a
-text. Seconds of a picture are those of the whole call, one at a time; the distance is Frechet's between pictures (picture i is of class i
-modulo their number, with seed i) and the views that training saw, on EfficientNet-Lite0's features (not FID). A variant with nested widths
-trains all of them and is measured at each.
+text. Seconds of a picture are those of the whole call, one at a time, all networks in turn; the distance is Frechet's between pictures
+(picture i is of class i modulo their number, with seed i) and the views that training saw, on EfficientNet-Lite0's features (not FID). A
+variant with nested widths trains all of them and is measured at each. A second call goes on where the first was stopped.
 
 tokenizer: `tokenizers/recipes/simvq_lowpoly.yaml`, its decoder's blocks replaced; see `eval/quantizers.py` for the figures.
 
@@ -16,15 +16,18 @@ The number of steps is what fits the minutes by the speed of the first ones. Los
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _equal_time import train_for
 from _plots import line_chart
-from _timing import machine
+from _timing import machine, timed
 from _views import ViewJudge, tokenizer_figures
 
 from genkit import GenPipeline
@@ -66,15 +69,25 @@ def seconds(run: Callable[[int], object], count: int) -> float:
     return statistics.median(clocks[1:])
 
 
-def generator(args: argparse.Namespace, name: str, stack: str) -> list[tuple[str, float, float, float, str]]:
-    """Train a NAT with a stack; return (name and width, M weights, seconds of a picture, distance, steps and minutes) of each width."""
-    nested = list(NESTED) if "nested" in stack else None
+@dataclass
+class Row:
+    """One network at one width: what is printed of it, and how it makes picture 0."""
+
+    size: float
+    distance: float
+    trained: str
+    run: Callable[[], torch.Tensor]
+
+
+def generator(args: argparse.Namespace, name: str, stack: str) -> dict[str, Row]:
+    """Train a NAT with a stack; return its rows, one for each width. Distances that were measured are read again."""
+    nested, out = list(NESTED) if "nested" in stack else None, args.out / slug(name)
     overrides = ["--task_config.data", args.train, "--task_config.text_encoder", "null", "--task_config.tokenizer", "null"]
     overrides += ["--task_config.model.stack", stack, "--task_config.widths", json.dumps(nested)]
     overrides += ["--task_config.views", json.dumps(VIEWS), "--train.sample_every", "0", "--train.batch_size", str(args.batch_size)]
-    folder, steps, took = train_for("pipelines/nat_lowpoly", overrides, args.out / slug(name), args.minutes)
+    folder, steps, took = train_for("pipelines/nat_lowpoly", overrides, out, args.minutes)
     pipe: Any = GenPipeline.from_pretrained(folder)
-    judge, classes, rows = ViewJudge(args.train, VIEWS), len(pipe.id2label), []
+    classes, rows = len(pipe.id2label), {}
     for width in nested or [None]:
 
         @torch.no_grad()
@@ -84,9 +97,23 @@ def generator(args: argparse.Namespace, name: str, stack: str) -> list[tuple[str
             return images
 
         net = pipe.transformer if width is None else pipe.transformer.cut(width)
-        each, distance = seconds(lambda i, make=make: make(range(i, i + 1)), args.timed), judge.distance(make, args.num_samples)
-        rows.append((name if width is None else f"{name}, {width:g}", millions(net), each, distance, f"{steps:,} in {took / 60:.1f} min"))
+        distance = kept(out / f"distance-{width or 1:g}-{args.num_samples}.txt", partial(judged, args, make))
+        row = name if width is None else f"{name}, {width:g}"
+        rows[row] = Row(millions(net), distance, f"{steps:,} in {took / 60:.1f} min", partial(make, range(1)))
+        print(f"{row}: {distance:.0f}", file=sys.stderr, flush=True)
     return rows
+
+
+def judged(args: argparse.Namespace, make: Callable[[range], torch.Tensor]) -> float:
+    """Return the distance of pictures to the views that training saw."""
+    return ViewJudge(args.train, VIEWS).distance(make, args.num_samples)
+
+
+def kept(path: Path, measure: Callable[[], float]) -> float:
+    """Return the number of a file, which is measured and written where it is missing."""
+    if not path.is_file():
+        path.write_text(f"{measure()}\n", encoding="utf-8")
+    return float(path.read_text(encoding="utf-8"))
 
 
 def tokenizer(args: argparse.Namespace, name: str, stack: str) -> str:
@@ -139,12 +166,17 @@ def main() -> None:
         for name, stack in chosen(DECODERS, args.variants).items():
             print(tokenizer(args, name, stack), flush=True)
         return
-    lines: dict[str, list[tuple[float, float, str]]] = {}
+    rows: dict[str, dict[str, Row]] = {name: generator(args, name, stack) for name, stack in chosen(GENERATORS, args.variants).items()}
+    timings = timed({row: found.run for group in rows.values() for row, found in group.items()}, args.timed, "cpu")
     print("| mixer | M weights | s per picture | Frechet distance | steps |\n" + "|---" * 5 + "|")
-    for name, stack in chosen(GENERATORS, args.variants).items():
-        for row, size, each, distance, trained in generator(args, name, stack):
-            print(f"| {row} | {size:.2f} | {each:.3f} | {distance:.0f} | {trained} |", flush=True)
-            lines.setdefault(name, []).append((each, distance, row.removeprefix(name).removeprefix(", ")))
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for name, group in rows.items():
+        for row, found in group.items():
+            clock = timings[row].clock
+            each = statistics.median(clock)
+            shown = f"{each:.3f} ({min(clock):.3f} .. {max(clock):.3f})"
+            print(f"| {row} | {found.size:.2f} | {shown} | {found.distance:.0f} | {found.trained} |")
+            lines.setdefault(name, []).append((each, found.distance, row.removeprefix(name).removeprefix(", ")))
     if args.plot:
         line_chart(args.plot, lines, "seconds per picture", "Frechet distance to real views", log_x=False)
         print(f"\n{args.plot}")
