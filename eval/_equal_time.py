@@ -38,6 +38,6 @@ def train_for(recipe: str, overrides: Sequence[str], out: Path, minutes: float, 
         each = run(out / "probe", before + PROBE) / PROBE
         noted.write_text(f"{max(before, round(minutes * 60 / each))}\n", encoding="utf-8")
     steps, clock = int(noted.read_text(encoding="utf-8")), out / "seconds.txt"
-    before_now = float(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
-    clock.write_text(f"{before_now + run(out / 'run', steps):.1f}\n", encoding="utf-8")
+    earlier = float(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
+    clock.write_text(f"{earlier + run(out / 'run', steps):.1f}\n", encoding="utf-8")
     return out / "run" / "export", steps, float(clock.read_text(encoding="utf-8"))
