@@ -54,8 +54,8 @@ def rolled_differences(x: Tensor, k: int, method: str = "auto") -> Tensor:
     return found
 
 
-def _forms(n: int) -> dict[str, tuple[str, str, list[Patch]]]:
-    """Return mixer here -> (what is released, mixer that computes it, what is put in place of our functions)."""
+def _forms(n: int) -> dict[str, tuple[Any, ...]]:
+    """Return name -> (what is released, mixer here, what is put in place of its functions, another mixer if that computes it)."""
     side = math.isqrt(n)
     table = f"attention(pos_bias='table_abs', table=({side}, {side}))"
     return {
@@ -68,14 +68,9 @@ def _forms(n: int) -> dict[str, tuple[str, str, list[Patch]]]:
         "cga, whole grid": ("softmax matrix", f"cga({side})", [(cga, "attend", softmax_matrix)]),
         "reduced(r=2)": ("softmax matrix", "reduced(r=2)", [(reduced, "attend", softmax_matrix)]),
         "graph": ("difference to a rolled map for every neighbour", "graph", [(graph, "relative", rolled_differences)]),
-        "retention": ("one matrix of all tokens", f"retention(chunk={n})", []),
+        "retention": ("one matrix of all tokens", "retention", [], f"retention(chunk={n})"),
         "linear(feature='hash')": ("tensor of differences", "linear(feature='hash')", [(KernelHash, "similarities", distance_tensor)]),
     }  # fmt: skip
-
-
-def _ours(name: str, text: str) -> str:
-    """Return the stack string of the mixer here."""
-    return name if name == "retention" else text
 
 
 @contextlib.contextmanager
@@ -88,8 +83,8 @@ def _patched(patches: Sequence[Patch]) -> Iterator[None]:
 
 def _ways(name: str, n: int, dim: int, heads: int) -> dict[str, Callable[[], Tensor]]:
     """Return the runs of a mixer: as released, as here; with the same weights."""
-    _, text, patches = _forms(n)[name]
-    released, ours = mixer_alone(text, dim, heads), mixer_alone(_ours(name, text), dim, heads)
+    _, here, patches, *other = _forms(n)[name]
+    ours, released = mixer_alone(here, dim, heads), mixer_alone(*other or [here], dim, heads)
     x, side = torch.randn(1, n, dim), math.isqrt(n)
 
     @torch.no_grad()

@@ -48,7 +48,6 @@ GENERATORS = {  # seven blocks, as the recipe's depth of 6 means
 DECODERS = {  # four blocks
     "attention": "(attention + mlp(hidden=512)) * 4",
     "modulation": "modulation * 4",
-    "tok_enc": "tok_enc(4)",
     "cga": "(cga + mlp(hidden=512)) * 4",
 }
 VIEWS = [2, 14]  # of the recipe

@@ -214,12 +214,13 @@ class _Reader:
 
     def preset(self, node: ast.expr) -> list[BlockConfig]:
         """The blocks of `name(depth)`."""
-        given = [*node.args, *(keyword.value for keyword in node.keywords if keyword.arg == "depth")] if isinstance(node, ast.Call) else []
-        name = _preset(node)
-        if len(given) != 1 or (isinstance(node, ast.Call) and len(node.args) + len(node.keywords) != 1):
+        name, given = _preset(node), list[tuple[str | None, ast.expr]]()
+        if isinstance(node, ast.Call):
+            given = [*(("depth", value) for value in node.args), *((keyword.arg, keyword.value) for keyword in node.keywords)]
+        if [key for key, _ in given] != ["depth"]:
             raise self.error(self.at(node), f"{name} is a preset; write how many blocks, as in {name}(12).")
         pattern = parse(PRESETS[name])
-        return [pattern[i % len(pattern)] for i in range(self.count(given[0]))]
+        return [pattern[i % len(pattern)] for i in range(self.count(given[0][1]))]
 
     def count(self, node: ast.expr) -> int:
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 0:
